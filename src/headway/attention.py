@@ -1,0 +1,429 @@
+"""The door: one call in, one choice, one kernel, one result."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import os
+import weakref
+from collections.abc import Iterable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from headway.backends.kernel import Extras, Kernel
+from headway.backends.registry import NAMES, Backend
+from headway.choice.choose import Decision, choose
+from headway.choice.here import here
+from headway.errors import MaskError, RequestError, UnknownNameError
+from headway.limits.request import CONTRACTS, Request, representative
+from headway.masks.base import Mask
+from headway.masks.frame import Frame
+from headway.masks.terms import rows_may_be_empty, terms
+
+ENVIRONMENT = "HEADWAY_BACKEND"
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, scale: float | None = None, dropout: float = 0.0,
+    softcap: float | None = None, sinks: Tensor | None = None, backend: str = "auto",
+    require: Iterable[str] = (), return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, scale: float | None = None, dropout: float = 0.0,
+    softcap: float | None = None, sinks: Tensor | None = None, backend: str = "auto",
+    require: Iterable[str] = (), return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    require: Iterable[str] = (),
+    return_lse: bool = False,
+) -> Any:
+    """Softmax(q kᵀ · scale) v on the fastest backend that computes exactly what was asked.
+
+    q is (batch, heads, queries, head_dim); k and v are (batch, key heads, keys, head_dim), where several query heads
+    may share one key head, and v may have a head size of its own.
+
+    - `mask`: a typed mask; see `headway.masks`. A query that may see nothing gives 0, and gradients of 0.
+    - `scale`: what scores are multiplied by; by default 1 / sqrt(head_dim).
+    - `dropout`: share of attention weights dropped, now: pass 0 in evaluation.
+    - `softcap`: bounds scores to ±softcap by tanh. `sinks`: one logit per head that takes weight and gives no value.
+    - `backend`: 'auto', or a name that runs or raises. `require`: contracts such as 'deterministic'.
+    - `return_lse`: also return the log of each row's softmax denominator, (batch, heads, queries).
+
+    >>> from headway import Causal
+    >>> q = k = v = torch.randn(1, 2, 5, 16)
+    >>> attention(q, k, v, mask=Causal()).shape
+    torch.Size([1, 2, 5, 16])
+    """
+    device = q.device
+    if torch.is_autocast_enabled(device.type) and q.dtype != torch.float64:
+        return _autocast(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or _transformed():
+        return _traced(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
+    # Everything a plan depends on. What tensors hold is never a part of it, so nothing waits for a device.
+    key = (
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, device, k.device, v.device,
+        q.stride(), k.stride(), v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        mask if mask is None else _facts(mask, q, k),
+        scale is None or 0 < scale < math.inf, dropout > 0, 0 <= dropout < 1, softcap and softcap > 0,
+        None if sinks is None else (sinks.shape, sinks.device, sinks.requires_grad),
+        backend, require if type(require) in (tuple, str) else tuple(require), return_lse,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
+        if len(_PLANS) >= _MOST_PLANS:
+            _PLANS.clear()
+        _PLANS[key] = plan
+    return plan.run(q, k, v, mask, scale, dropout, softcap, sinks)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    require: Iterable[str] = (),
+    return_lse: bool = False,
+) -> Decision:
+    """What `attention` would decide for this call, and why; nothing is computed.
+
+    >>> q = torch.randn(1, 2, 5, 16)
+    >>> print(str(explain(q, q, q, backend="sage")).splitlines()[0])
+    no backend: sage was asked for by name and does not take it
+    """
+    request = _request(q, k, v, mask, scale, dropout, softcap, sinks, require, return_lse)
+    return choose(request, here(q.device), _asked(backend))
+
+
+# -- plans: a decision and all that need not be done twice ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What a plan depends on of a mask that holds tensors."""
+
+    kinds: frozenset[str]
+    rows_may_be_empty: bool
+    needs_grad: bool
+
+
+class Plan:
+    """How one kind of call is run: the kernel, and the mask as it takes it if the mask is a plain value."""
+
+    __slots__ = ("_lowered", "backend", "copies", "empty", "extras", "frame", "kernel", "plain", "return_lse")
+
+    def __init__(self, backend: Backend, frame: Frame, extras: Extras, mask: Mask | None, dtype: torch.dtype) -> None:
+        self.backend, self.frame, self.extras = backend, frame, extras
+        self.kernel: Kernel = backend.load()
+        self.empty = self.copies = False
+        self.return_lse = extras.lse
+        self.plain = mask is None or not mask.tensors
+        self._lowered = self.kernel.lower(mask, frame, dtype) if self.plain and frame.q_len and frame.kv_len else None
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask | None,
+        scale: float | None,
+        dropout: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Any:
+        if self.empty:
+            return _nothing(q, k, v, self.return_lse)
+        if self.copies:
+            q, k, v = (x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        extras = self.extras
+        if scale is not None or dropout or softcap is not None or sinks is not None:
+            scale = extras.scale if scale is None else scale
+            extras = dataclasses.replace(extras, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
+        lowered = self._lowered if self.plain else self._lower(mask, q.dtype)
+        out, lse = self.kernel.attend(q, k, v, lowered, extras)
+        return (out, lse) if self.return_lse else out
+
+    def _lower(self, mask: Mask | None, dtype: torch.dtype) -> Any:
+        """The mask for this kernel: kept with the mask, for the layers that share it, until its tensors change."""
+        assert mask is not None
+        if any(t.requires_grad or t.is_inference() for t in mask.tensors):
+            return self.kernel.lower(mask, self.frame, dtype)
+        versions = tuple(t._version for t in mask.tensors)
+        kept = _LOWERED.setdefault(mask, {})
+        at = (self.backend.name, self.frame, dtype)
+        found = kept.get(at)
+        if found is None or found[0] != versions:
+            found = kept[at] = (versions, self.kernel.lower(mask, self.frame, dtype))
+        return found[1]
+
+
+_MOST_PLANS = 4096
+_PLANS: dict[Any, Plan] = {}
+_FACTS: weakref.WeakKeyDictionary[Mask, dict[Any, Facts]] = weakref.WeakKeyDictionary()
+_LOWERED: weakref.WeakKeyDictionary[Mask, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _plan(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None, dropout: float, softcap: float | None,
+    sinks: Tensor | None, backend: str, require: Iterable[str], return_lse: bool,
+) -> Plan:  # fmt: skip
+    request = _request(q, k, v, mask, scale, dropout, softcap, sinks, require, return_lse)
+    machine = here(q.device)
+    asked = _asked(backend)
+    chosen = _choose(request.rounded(), machine, asked).chosen
+    if chosen is None:
+        chosen = choose(request, machine, asked).backend()  # raises, in the words of the call itself
+    extras = Extras(
+        scale=1 / math.sqrt(max(request.head_dim, 1)),
+        lse=return_lse,
+        needs_grad=request.needs_grad,
+        deterministic="deterministic" in request.require or machine.deterministic,
+    )
+    plan = Plan(chosen, _frame(q, k), extras, mask, q.dtype)
+    plan.empty = 0 in (*q.shape, *k.shape, *v.shape)
+    plan.copies = not request.aligned
+    return plan
+
+
+_choose = functools.lru_cache(maxsize=4096)(choose)
+
+
+def _asked(backend: str) -> str:
+    """The backend asked for: by the call, else by the environment, else auto."""
+    if backend != "auto":
+        return backend
+    name = os.environ.get(ENVIRONMENT) or "auto"
+    if name != "auto" and name not in NAMES:
+        raise UnknownNameError("backend", name, ("auto", *NAMES), where=f"the environment variable {ENVIRONMENT}")
+    return name
+
+
+# -- from tensors to a request ------------------------------------------------------------------------------------
+
+
+def _request(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None, dropout: float, softcap: float | None,
+    sinks: Tensor | None, require: Iterable[str], return_lse: bool,
+) -> Request:  # fmt: skip
+    _check(q, k, v, mask, dropout, softcap, sinks)
+    facts = None if mask is None else _facts(mask, q, k)
+    tensors = (q, k, v) if sinks is None else (q, k, v, sinks)
+    mask_needs_grad = facts is not None and facts.needs_grad
+    return Request(
+        batch=q.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q.shape[2],
+        kv_len=k.shape[2],
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        dtype=str(q.dtype).removeprefix("torch."),
+        device=q.device.type,
+        mask=frozenset() if facts is None else facts.kinds,
+        rows_may_be_empty=facts is not None and facts.rows_may_be_empty,
+        mask_needs_grad=mask_needs_grad,
+        dropout=dropout > 0,
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+        returns_lse=return_lse,
+        plain_scale=scale is None or 0 < scale < math.inf,
+        needs_grad=torch.is_grad_enabled() and (mask_needs_grad or any(t.requires_grad for t in tensors)),
+        aligned=all(_is_aligned(x) for x in (q, k, v)),
+        transformed=_transformed(),
+        compiled=torch.compiler.is_compiling(),
+        require=_contracts(require),
+    )
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask: object, dropout: float, softcap: float | None, sinks: Tensor | None
+) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise RequestError(f"got {shapes}; takes (batch, heads, length, head_dim) for each: add the axes that lack")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise RequestError(
+            f"got q {q.dtype}, k {k.dtype}, v {v.dtype}; takes one floating-point dtype: cast two of them"
+        )
+    if not q.device == k.device == v.device:
+        raise RequestError(f"got q on {q.device}, k on {k.device}, v on {v.device}; takes one device: move two of them")
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[3] == k.shape[3] and k.shape[1:3] == v.shape[1:3]):
+        raise RequestError(
+            f"got {shapes}; takes the same batch in all, the same head_dim in q and k, the same heads and keys in k and v"
+        )
+    if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise RequestError(
+            f"got {q.shape[1]} query heads and {k.shape[1]} key heads; takes a whole number of the first to each"
+        )
+    if mask is not None and not isinstance(mask, Mask):
+        raise RequestError(
+            f"got a mask of type {type(mask).__name__}; takes a typed mask: headway.masks.from_sdpa(tensor) for PyTorch's"
+            " (True = may), from_key_padding_mask(tensor) for nn.MultiheadAttention's (True = blocked)"
+        )
+    if not 0 <= dropout < 1:
+        raise RequestError(f"got dropout={dropout}; takes a share from 0 to below 1")
+    if softcap is not None and not softcap > 0:
+        raise RequestError(f"got softcap={softcap}; takes a positive number, or None for no cap")
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.device != q.device):
+        raise RequestError(
+            f"got sinks {list(sinks.shape)} on {sinks.device}; takes one logit per query head, on {q.device}"
+        )
+
+
+def _contracts(require: Iterable[str]) -> frozenset[str]:
+    words = frozenset((require,) if isinstance(require, str) else require)
+    for word in words:
+        if word not in CONTRACTS:
+            raise UnknownNameError("contract", word, CONTRACTS)
+    return words
+
+
+def _frame(q: Tensor, k: Tensor) -> Frame:
+    return Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
+
+
+def _facts(mask: Mask, q: Tensor, k: Tensor) -> Facts:
+    """What the choice depends on of this mask; checked against the shapes, and worked out, once per mask and shape."""
+    if not isinstance(mask, Mask):
+        _check(q, k, k, mask, 0.0, None, None)
+    at = (q.shape[:3], k.shape[2], q.device)
+    known = _FACTS.setdefault(mask, {})
+    facts = known.get(at)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in mask.tensors)
+    if facts is None or facts.needs_grad != needs_grad:
+        facts = known[at] = _new_facts(mask, _frame(q, k), needs_grad)
+    return facts
+
+
+def _new_facts(mask: Mask, frame: Frame, needs_grad: bool) -> Facts:
+    mask.check(frame)
+    for tensor in mask.tensors:
+        if tensor.device.type != "cpu" and tensor.device != frame.device:
+            raise MaskError(
+                f"got a mask on {tensor.device} for a call on {frame.device}; make the mask on {frame.device}"
+            )
+    return Facts(terms(mask, frame).kinds(frame), rows_may_be_empty(mask, frame), needs_grad)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Rows contiguous, and on CUDA starting on 16 bytes: kernels there load vectors, and crash on others."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return False
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or type(x) is not Tensor or _transformed():
+        return True
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in x.stride()[:-1])
+
+
+def _transformed() -> bool:
+    """True inside a torch.func transform."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+# -- calls that are not planned -----------------------------------------------------------------------------------
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    """As PyTorch's own attention does: in autocast's dtype."""
+    kind = q.device.type
+    dtype = torch.get_autocast_dtype(kind)
+    mask, scale, dropout, softcap, sinks, backend, require, return_lse = rest
+    with torch.autocast(kind, enabled=False):
+        return attention(
+            q.to(dtype), k.to(dtype), v.to(dtype), mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks,
+            backend=backend, require=require, return_lse=return_lse,
+        )  # fmt: skip
+
+
+def _traced(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None, dropout: float, softcap: float | None,
+    sinks: Tensor | None, backend: str, require: Iterable[str], return_lse: bool,
+) -> Any:  # fmt: skip
+    """The call inside torch.compile, torch.export or torch.func, and for tensor subclasses: nothing is remembered."""
+    _check(q, k, v, mask, dropout, softcap, sinks)
+    if not (q.shape[2] and k.shape[2] and q.shape[0] and q.shape[1] and q.shape[3] and v.shape[3]):
+        return _nothing(q, k, v, return_lse)
+    frame = _frame(q, k)
+    facts = None
+    if mask is not None:
+        facts = _new_facts(mask, frame, torch.is_grad_enabled() and any(t.requires_grad for t in mask.tensors))
+    tensors = (q, k, v) if sinks is None else (q, k, v, sinks)
+    needs_grad = torch.is_grad_enabled() and (
+        (facts is not None and facts.needs_grad) or any(t.requires_grad for t in tensors)
+    )
+    # Heads and head sizes are a model's own: operator.index fixes a symbolic one. A length only chooses its class.
+    q_len = representative(q.shape[2])
+    entry = _entry_for(
+        1, operator.index(q.shape[1]), operator.index(k.shape[1]), q_len, q_len if q.shape[2] == k.shape[2] else representative(k.shape[2]),
+        operator.index(q.shape[3]), operator.index(v.shape[3]), str(q.dtype), q.device.type, q.device.index,
+        None if facts is None else tuple(sorted(facts.kinds)), facts is not None and facts.rows_may_be_empty,
+        facts is not None and facts.needs_grad, dropout > 0, softcap is not None, sinks is not None, return_lse,
+        scale is None or 0 < scale < math.inf, needs_grad, _transformed(), torch.compiler.is_compiling(),
+        tuple((require,) if isinstance(require, str) else require), backend,
+    )  # fmt: skip
+    kernel = _KERNELS[entry]
+    extras = Extras(
+        1 / math.sqrt(operator.index(q.shape[3])) if scale is None else scale, dropout, softcap, sinks, return_lse, needs_grad,
+        "deterministic" in require or torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, lse = kernel.attend(q, k, v, kernel.lower(mask, frame, q.dtype), extras)
+    return (out, lse) if return_lse else out
+
+
+_KERNELS: dict[str, Kernel] = {}
+"""Loaded kernels, where a tracer can find them by name: it takes constants from functions, but no modules."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
+def _entry_for(
+    batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, value_dim: int, dtype: str,
+    device: str, index: int | None, kinds: tuple[str, ...] | None, rows_may_be_empty: bool, mask_needs_grad: bool,
+    dropout: bool, softcap: bool, sinks: bool, returns_lse: bool, plain_scale: bool, needs_grad: bool,
+    transformed: bool, compiled: bool, require: tuple[str, ...], backend: str,
+) -> str:  # fmt: skip
+    """The chosen kernel's entry, from plain values alone: a constant to a tracer."""
+    request = Request(
+        batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, dtype.removeprefix("torch."), device,
+        frozenset(kinds or ()), rows_may_be_empty, mask_needs_grad, dropout, softcap, sinks, returns_lse, plain_scale,
+        needs_grad, transformed=transformed, compiled=compiled, require=_contracts(require),
+    )  # fmt: skip
+    machine = here(torch.device(device) if index is None else torch.device(device, index))
+    chosen = choose(request, machine, _asked(backend)).backend()
+    _KERNELS[chosen.entry] = chosen.load()
+    return chosen.entry
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
+    """The result where there is nothing to attend to: zeros, and zero gradients, that stay in the graph."""
+    never = torch.zeros((), dtype=torch.bool, device=q.device)
+    held = torch.where(never, q.sum() + k.sum() + v.sum(), 0.0).to(q.dtype)
+    out = q.new_zeros(*q.shape[:3], v.shape[3]) + held
+    if not return_lse:
+        return out
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)

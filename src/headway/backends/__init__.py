@@ -1,0 +1,1 @@
+"""The kernel families: one declaration each in the registry, one file each beside it."""

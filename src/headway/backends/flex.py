@@ -1,0 +1,107 @@
+"""flex: flex attention, compiled; any mask that is a rule, on CUDA with gradients and on CPU without."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from headway.backends.kernel import Attended, Extras, gate_sinks
+from headway.errors import RecompileBudgetError
+from headway.masks.base import Mask, Score
+from headway.masks.frame import Frame
+
+BUDGET = 16
+"""Compilations allowed per kind of mask and score. Beyond that torch would run the eager path, which is unfused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    signature: str
+    """What decides the program: masks of one signature share one compiled kernel."""
+    block_mask: BlockMask | None = None
+    score: Score | None = None
+
+
+def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
+    if mask is None:
+        return Lowered("none")
+    blocks = None if mask.kind in ("bias", "alibi") else mask.to_block_mask(frame)
+    return Lowered(signature(mask), blocks, mask.score(frame))
+
+
+def signature(mask: Mask) -> str:
+    """The mask's structure without its numbers."""
+    parts = getattr(mask, "parts", None) or ((mask.part,) if hasattr(mask, "part") else ())
+    if parts:
+        return f"{mask.kind}({','.join(signature(part) for part in parts)})"
+    return f"{mask.kind}:{id(mask.fn)}" if hasattr(mask, "fn") else mask.kind
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
+    score, capped = mask.score, extras.softcap is not None
+    if extras.softcap is not None:
+        score = _softcapped(torch.full((), extras.softcap, device=q.device), score)
+    wants_lse = extras.lse or extras.sinks is not None
+    arguments = (q, k, v, score, mask.block_mask, extras.scale, q.shape[1] != k.shape[1], wants_lse)
+    if torch.compiler.is_compiling():
+        answer = _flex(*arguments)
+    else:
+        kernel = compiled(mask.signature + (" softcap" if capped else ""), wants_lse, extras.needs_grad)
+        answer = kernel(*arguments)
+    if not wants_lse:
+        return Attended(answer, None)
+    out, lse = answer
+    return gate_sinks(out, lse, extras.sinks)
+
+
+def _softcapped(cap: Tensor, then: Score | None) -> Score:
+    def score(value: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        value = cap * torch.tanh(value / cap)
+        return value if then is None else then(value, b, h, q, k)
+
+    return score
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, score: Score | None, blocks: BlockMask | None, scale: float, gqa: bool, lse: bool
+) -> Any:
+    return flex_attention(q, k, v, score, blocks, scale, gqa, lse)
+
+
+class Counted:
+    """A compiled function that counts how often it is compiled, and stops at its budget."""
+
+    def __init__(self, name: str, budget: int) -> None:
+        self.name, self.budget, self.compilations = name, budget, 0
+        # A function of its own: torch counts recompilations, and gives up, per code object.
+        code = _flex.__code__.replace(co_name=f"flex_{abs(hash(name))}")
+        own = types.FunctionType(code, _flex.__globals__, _flex.__name__)
+        self.run = torch.compile(own, fullgraph=True, dynamic=False, backend=self.compile)
+
+    def compile(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        self.compilations += 1
+        if self.compilations > self.budget:
+            raise RecompileBudgetError(
+                f"flex attention with {self.name} would be compiled for the {self.compilations}th time,"
+                f" budget {self.budget}: its shapes or options change too often; pad lengths to a few sizes,"
+                f" or choose another backend"
+            )
+        return compile_fx(graph, inputs)  # type: ignore[no-any-return]  # torch has no types here
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(*arguments)
+
+
+@functools.cache
+def compiled(signature: str, lse: bool, grad: bool) -> Counted:
+    """The compiled kernel for one kind of mask and score."""
+    return Counted(f"mask {signature}", BUDGET)

@@ -1,0 +1,61 @@
+"""What a backend's file offers, and the few steps that several of them share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from headway.masks.base import Mask
+from headway.masks.frame import Frame
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a call asks for beside q, k, v and the mask."""
+
+    scale: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """One logit per query head that takes part in the softmax and has no value."""
+    lse: bool = False
+    """Return the log of each row's softmax denominator too."""
+    needs_grad: bool = False
+    deterministic: bool = False
+
+
+class Attended(NamedTuple):
+    """A backend's answer."""
+
+    out: Tensor
+    lse: Tensor | None
+
+
+class Kernel(Protocol):
+    """A backend's file. Shapes: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E), out (B, H, L, E), lse (B, H, L)."""
+
+    def lower(self, mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Any:
+        """The mask as `attend` takes it, exactly; kept between calls while the mask does not change."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, extras: Extras) -> Attended:
+        """Attention; only called for requests that the backend's limits accept."""
+
+
+def repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with as many heads as q, for kernels that cannot share them."""
+    ratio = q.shape[1] // k.shape[1]
+    if ratio == 1:
+        return k, v
+    return k.repeat_interleave(ratio, dim=1), v.repeat_interleave(ratio, dim=1)
+
+
+def gate_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Attended:
+    """The sink's share taken off the result: softmax with one more logit is the old one times a sigmoid."""
+    if sinks is None:
+        return Attended(out, lse)
+    logit = sinks.view(-1, 1).to(lse.dtype)
+    share = torch.sigmoid(lse - logit)
+    return Attended(out * share.unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, logit))

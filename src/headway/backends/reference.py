@@ -1,0 +1,49 @@
+"""reference: plain PyTorch, every option, every dtype; in float64 it is the truth others are judged by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headway.backends.kernel import Attended, Extras, repeat_kv
+from headway.masks.base import Mask
+from headway.masks.frame import Frame
+
+
+def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """What may be seen as bool, and what is added to scores; None where the mask says nothing of the kind."""
+    if mask is None:
+        return None, None
+    score = mask.score(frame)
+    zero = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=frame.device)
+    return mask.to_bool(frame), None if score is None else score(zero, *frame.indices())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor | None, Tensor | None], extras: Extras) -> Attended:
+    keep, bias = mask
+    k, v = repeat_kv(q, k, v)
+    scores = (q * extras.scale) @ k.transpose(-1, -2)
+    if extras.softcap is not None:
+        scores = extras.softcap * torch.tanh(scores / extras.softcap)
+    # Softmax in float32 at least, as every kernel does.
+    scores = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    if bias is not None:
+        scores = scores + bias
+    if keep is not None:
+        scores = scores.masked_fill(~keep, float("-inf"))
+    logits = scores
+    if extras.sinks is not None:
+        sink = extras.sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        logits = torch.cat((scores, sink), dim=-1)
+    highest = logits.detach().amax(-1, keepdim=True)
+    # A row that sees nothing has only -inf; its weights must become 0, not -inf - -inf.
+    highest = torch.where(highest == float("-inf"), 0.0, highest)
+    weights = (logits - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1.0, total)
+    if extras.sinks is not None:
+        weights = weights[..., :-1]
+    if extras.dropout > 0:
+        weights = torch.nn.functional.dropout(weights, extras.dropout)
+    lse = (total.log() + highest).squeeze(-1) if extras.lse else None
+    return Attended(weights.to(v.dtype) @ v, lse)

@@ -1,0 +1,39 @@
+"""sdpa-cudnn: cuDNN's fused attention as PyTorch calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from headway.backends.kernel import Attended, Extras, gate_sinks
+from headway.masks.base import Mask
+from headway.masks.frame import Frame
+from headway.masks.terms import terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    causal: bool = False
+    bias: Tensor | None = None
+
+
+def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
+    if mask is None:
+        return Lowered()
+    kinds = terms(mask, frame).kinds(frame)
+    if not kinds:
+        return Lowered()
+    if kinds <= {"causal", "causal-upper-left"}:
+        return Lowered(causal=True)
+    # Never bool: on a row that sees nothing cuDNN returns garbage for a bool mask, and 0 for one of -inf.
+    return Lowered(bias=mask.to_additive(frame, dtype))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
+    wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, False, scale=extras.scale
+    )[:2]
+    return gate_sinks(out, lse.squeeze(-1), extras.sinks) if wants_lse else Attended(out, None)

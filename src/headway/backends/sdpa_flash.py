@@ -1,0 +1,64 @@
+"""sdpa-flash: the FlashAttention that ships inside PyTorch, for CPU and for CUDA.
+
+The operators are called by name rather than through `F.scaled_dot_product_attention`, so that no process-wide flag
+and no selector can put another kernel in their place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from headway.backends.kernel import Attended, Extras, gate_sinks
+from headway.masks.base import Mask
+from headway.masks.frame import Frame
+from headway.masks.terms import terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    """Bounds of a band aligned lower-right, for the inner operator."""
+    dense: Tensor | None = None
+
+
+def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
+    if mask is None:
+        return Lowered()
+    parts = terms(mask, frame)
+    kinds = parts.kinds(frame)
+    if not kinds:
+        return Lowered()
+    if kinds == {"causal"}:
+        return Lowered(causal=True)
+    if frame.device.type == "cpu":
+        return Lowered(dense=mask.to_additive(frame, dtype))
+    assert parts.band is not None
+    return Lowered(window=(parts.band.left, parts.band.right))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask.causal, attn_mask=mask.dense, scale=extras.scale
+        )
+    elif mask.window is None:
+        out, lse = aten._scaled_dot_product_flash_attention(
+            q, k, v, extras.dropout, mask.causal, False, scale=extras.scale
+        )[:2]
+    else:
+        left, right = mask.window
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        lengths = (q.shape[1], k.shape[1])
+        out, lse = aten._flash_attention_forward(
+            q, k, v, None, None, *lengths, extras.dropout, False, False,
+            scale=extras.scale,
+            window_size_left=-1 if left is None else left,
+            window_size_right=-1 if right is None else right,
+        )[:2]  # fmt: skip
+        out = out.transpose(1, 2)
+    return gate_sinks(out, lse, extras.sinks)

@@ -1,0 +1,37 @@
+"""xformers: memory_efficient_attention of the package xformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.backends.kernel import Attended, Extras, gate_sinks, repeat_kv
+from headway.masks.base import Mask
+from headway.masks.frame import Frame
+from headway.masks.xformers_bias import to_xformers
+
+
+def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Any:
+    return None if mask is None else to_xformers(mask, frame, dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, extras: Extras) -> Attended:
+    from xformers.ops import fmha
+
+    k, v = repeat_kv(q, k, v)
+    batch, _, length, _ = q.shape
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if isinstance(mask, fmha.attn_bias.BlockDiagonalMask):
+        q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+    if extras.lse or extras.sinks is not None:
+        out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+            q, k, v, attn_bias=mask, p=extras.dropout, scale=extras.scale
+        )
+        lse = lse[..., : q.shape[1]]
+        lse = lse.reshape(lse.shape[1], batch, length).transpose(0, 1) if lse.shape[0] != batch else lse
+        out = out.reshape(batch, length, *out.shape[2:]).transpose(1, 2)
+        return gate_sinks(out, lse, extras.sinks)
+    out = fmha.memory_efficient_attention(q, k, v, attn_bias=mask, p=extras.dropout, scale=extras.scale)
+    return Attended(out.reshape(batch, length, *out.shape[2:]).transpose(1, 2), None)

@@ -1,0 +1,1 @@
+"""Which backend runs a request here, and why not the others."""

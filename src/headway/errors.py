@@ -1,0 +1,32 @@
+"""Every error Headway raises on purpose, as one tree."""
+
+from __future__ import annotations
+
+
+class HeadwayError(Exception):
+    """Root of all errors raised by Headway on purpose."""
+
+
+class RequestError(HeadwayError, ValueError):
+    """The call itself makes no sense: shapes, dtypes or values that no backend could honour."""
+
+
+class MaskError(HeadwayError, ValueError):
+    """A mask does not fit the call, or cannot be turned into what was asked of it."""
+
+
+class UnknownNameError(HeadwayError, ValueError):
+    """A backend or contract was asked for by a name that Headway does not know."""
+
+    def __init__(self, what: str, name: str, known: tuple[str, ...], where: str = "") -> None:
+        self.name = name
+        source = f" (from {where})" if where else ""
+        super().__init__(f"unknown {what} {name!r}{source}; known: {', '.join(known)}")
+
+
+class NoBackendError(HeadwayError, RuntimeError):
+    """No backend takes this request; the message lists every refusal with its remedy."""
+
+
+class RecompileBudgetError(HeadwayError, RuntimeError):
+    """A compiled kernel would be compiled more often than its budget allows."""

@@ -1,0 +1,57 @@
+"""Alibi: scores fall off linearly with distance, at a slope per head."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import Tensor
+
+from headway.errors import MaskError
+from headway.masks.base import Blocks, Mask, Rule, Score, Tiles, Witness, shape_of
+from headway.masks.causal import Align, check_align
+from headway.masks.frame import Frame
+from headway.masks.full import Full
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Alibi(Mask):
+    """Adds -slope * |distance| (Press et al., 2021, in flash attention's symmetric form).
+
+    `slopes` has one number per head. On unequal lengths the alignment must be named.
+    """
+
+    slopes: Tensor
+    align: Align | None = None
+    kind: ClassVar[str] = "alibi"
+    adds_score: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_align(self.align)
+        if self.slopes.ndim != 1 or not self.slopes.is_floating_point():
+            raise MaskError(f"got slopes {shape_of(self.slopes)}, takes one floating-point number per head")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.slopes,)
+
+    def __repr__(self) -> str:
+        return f"Alibi({shape_of(self.slopes)}, align={self.align!r})"
+
+    def check(self, frame: Frame) -> None:
+        frame.offset(self.align)
+        if self.slopes.shape[0] != frame.heads:
+            raise MaskError(f"got {self.slopes.shape[0]} slopes, takes one per head ({frame.heads})")
+
+    def rule(self, frame: Frame) -> Rule:
+        return Full().rule(frame)
+
+    def score(self, frame: Frame) -> Score:
+        slopes, offset = self.slopes.to(frame.device), frame.scalar(frame.offset(self.align))
+        return lambda score, b, h, q, k: score - slopes[h] * (q + offset - k).abs()
+
+    def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
+        return Full().blocks(frame, tiles)
+
+    def shows(self, frame: Frame, witness: Witness) -> bool:
+        return True

@@ -1,0 +1,91 @@
+"""A flex attention BlockMask built from a mask's structure, never by evaluating every query and key."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from headway.masks.base import Blocks, Mask, Tiles
+from headway.masks.frame import Frame
+
+TILE = 128
+
+
+def block_mask(mask: Mask, frame: Frame) -> BlockMask:
+    """The BlockMask of `mask`; masks without structure (dense, predicate, tree) are evaluated in full."""
+    mask.check(frame)
+    rule = mask.rule(frame)
+    tiles = _tiles(frame)
+    blocks = mask.blocks(frame, tiles)
+    if blocks is None:
+        blocks = _evaluated(mask.to_bool(frame))
+    some, every = torch.broadcast_tensors(*(_four(t) for t in (blocks.some, blocks.every)))
+    return _from_tiles(some & ~every, every, rule, frame)
+
+
+def _evaluated(keep: Tensor) -> Blocks:
+    """Tiles judged by looking at every element."""
+    q_len, kv_len = keep.shape[-2:]
+    room = (0, -kv_len % TILE, 0, -q_len % TILE)
+
+    def tiled(fill: bool) -> Tensor:
+        padded = torch.nn.functional.pad(keep, room, value=fill)
+        return padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
+
+    return Blocks(some=tiled(False).any(-1).any(-2), every=tiled(True).all(-1).all(-2))
+
+
+def _four(tiles: Tensor) -> Tensor:
+    return tiles.view((1,) * (4 - tiles.ndim) + tuple(tiles.shape))
+
+
+def _tiles(frame: Frame) -> Tiles:
+    def edges(length: int) -> tuple[Tensor, Tensor]:
+        first = torch.arange(0, max(length, 1), TILE, device=frame.device, dtype=torch.int32)
+        return first, (first + (TILE - 1)).clamp_max(max(length - 1, 0))
+
+    (q_first, q_last), (k_first, k_last) = edges(frame.q_len), edges(frame.kv_len)
+    return Tiles(q_first[:, None], q_last[:, None], k_first, k_last)
+
+
+def _from_tiles(partial: Tensor, full: Tensor, rule: Any, frame: Frame) -> BlockMask:
+    """Lists of tiles to visit, by query and (for the backward pass) by key."""
+    by_query = torch.stack((partial, full))
+    lists = (*_lists(by_query), *_lists(by_query.transpose(-1, -2)))
+    kv_counts, kv_tiles, q_counts, q_tiles = lists
+    fields: dict[str, Any] = {
+        "seq_lengths": (frame.q_len, frame.kv_len),
+        "kv_num_blocks": kv_counts[0],
+        "kv_indices": kv_tiles[0],
+        "full_kv_num_blocks": kv_counts[1],
+        "full_kv_indices": kv_tiles[1],
+        "q_num_blocks": q_counts[0],
+        "q_indices": q_tiles[0],
+        "full_q_num_blocks": q_counts[1],
+        "full_q_indices": q_tiles[1],
+        "BLOCK_SIZE": (TILE, TILE),
+        "mask_mod": rule,
+    }
+    return BlockMask(**fields | {name: None for name in _NEW_FIELDS})
+
+
+# torch 2.13 added fields for an ordered backward pass; None leaves it off.
+_KNOWN_FIELDS = 12
+_NEW_FIELDS = tuple(
+    name
+    for name, p in list(inspect.signature(BlockMask.__init__).parameters.items())[_KNOWN_FIELDS:]
+    if p.default is p.empty
+)
+
+
+def _lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles each row visits, and their indices with the visited ones first."""
+    # Sorting (unvisited, index) as one number beats a stable argsort of the flags.
+    width = tiles.shape[-1]
+    index = torch.arange(width, device=tiles.device, dtype=torch.int32)
+    order = torch.where(tiles, index, index + width).sort(dim=-1).values
+    return tiles.sum(dim=-1, dtype=torch.int32), torch.where(order < width, order, order - width)

@@ -1,0 +1,67 @@
+"""Masks as other libraries write them, each with a constructor of its name, so that nobody flips one by accident."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headway.errors import MaskError
+from headway.masks.base import Mask, shape_of
+from headway.masks.bias import Bias
+from headway.masks.dense import Dense
+from headway.masks.padding import Padding
+
+
+def from_sdpa(attn_mask: Tensor) -> Mask:
+    """`F.scaled_dot_product_attention`'s mask: bool with True = may attend, or numbers added to scores.
+
+    >>> from_sdpa(torch.ones(2, 2, dtype=torch.bool))
+    Dense(bool[2, 2])
+    """
+    return Dense(attn_mask) if attn_mask.dtype == torch.bool else Bias(attn_mask)
+
+
+def from_key_padding_mask(key_padding_mask: Tensor) -> Mask:
+    """`nn.MultiheadAttention`'s key_padding_mask: bool (batch, keys) with True = blocked, or numbers added.
+
+    >>> print(from_key_padding_mask(torch.tensor([[False, False, True]])).matrix(1, 3))
+    ■ ■ ·
+    """
+    mask = key_padding_mask
+    if mask.ndim == 1:
+        mask = mask[None]
+    if mask.ndim != 2:
+        raise MaskError(f"got key_padding_mask {shape_of(key_padding_mask)}, takes (batch, keys) or (keys,)")
+    return Padding(~mask) if mask.dtype == torch.bool else Bias(mask[:, None, None, :])
+
+
+def from_attn_mask(attn_mask: Tensor, num_heads: int) -> Mask:
+    """`nn.MultiheadAttention`'s attn_mask: True = blocked or numbers added; (L, S) or (batch * heads, L, S)."""
+    mask = attn_mask
+    if mask.ndim == 3:
+        if mask.shape[0] % num_heads:
+            raise MaskError(f"got attn_mask {shape_of(attn_mask)}, takes batch * {num_heads} heads in front")
+        mask = mask.unflatten(0, (-1, num_heads))
+    elif mask.ndim != 2:
+        raise MaskError(f"got attn_mask {shape_of(attn_mask)}, takes (queries, keys) or (batch * heads, queries, keys)")
+    return Dense(~mask) if mask.dtype == torch.bool else Bias(mask)
+
+
+def from_transformers(attention_mask: Tensor) -> Mask:
+    """Hugging Face transformers' attention_mask.
+
+    2-D (batch, keys): 1 or True = real token. 4-D bool: True = may. 4-D numbers: added, and the smallest number of
+    the dtype means blocked there, so a row of nothing else sees nothing.
+
+    >>> print(from_transformers(torch.tensor([[0, 1, 1]])).matrix(1, 3))
+    · ■ ■
+    """
+    mask = attention_mask
+    if mask.ndim == 2:
+        return Padding(mask != 0)
+    if mask.ndim != 4:
+        raise MaskError(f"got attention_mask {shape_of(mask)}, takes (batch, keys) or (batch, heads, queries, keys)")
+    if mask.dtype == torch.bool:
+        return Dense(mask)
+    lowest = torch.finfo(mask.dtype).min
+    return Bias(mask.masked_fill(mask <= lowest, float("-inf")))
