@@ -7,9 +7,8 @@ import functools
 import math
 import operator
 import os
-import weakref
 from collections.abc import Iterable
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -80,7 +79,7 @@ def attention(
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, device, k.device, v.device,
         q.stride(), k.stride(), v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        mask if mask is None else _facts(mask, q, k),
+        mask if mask is None else _mask_key(mask, q, k),
         scale is None or 0 < scale < math.inf, dropout > 0, 0 <= dropout < 1, softcap and softcap > 0,
         None if sinks is None else (sinks.shape, sinks.device, sinks.requires_grad),
         backend, require if type(require) in (tuple, str) else tuple(require), return_lse,
@@ -173,18 +172,15 @@ class Plan:
         if any(t.requires_grad or t.is_inference() for t in mask.tensors):
             return self.kernel.lower(mask, self.frame, dtype)
         versions = tuple(t._version for t in mask.tensors)
-        kept = _LOWERED.setdefault(mask, {})
-        at = (self.backend.name, self.frame, dtype)
-        found = kept.get(at)
+        at = ("lowered", self.backend.name, self.frame, dtype)
+        found = mask.memo.get(at)
         if found is None or found[0] != versions:
-            found = kept[at] = (versions, self.kernel.lower(mask, self.frame, dtype))
+            found = mask.memo[at] = (versions, self.kernel.lower(mask, self.frame, dtype))
         return found[1]
 
 
 _MOST_PLANS = 4096
 _PLANS: dict[Any, Plan] = {}
-_FACTS: weakref.WeakKeyDictionary[Mask, dict[Any, Facts]] = weakref.WeakKeyDictionary()
-_LOWERED: weakref.WeakKeyDictionary[Mask, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _plan(
@@ -306,17 +302,21 @@ def _frame(q: Tensor, k: Tensor) -> Frame:
     return Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
 
 
-def _facts(mask: Mask, q: Tensor, k: Tensor) -> Facts:
-    """What the choice depends on of this mask; checked against the shapes, and worked out, once per mask and shape."""
+def _mask_key(mask: Mask, q: Tensor, k: Tensor) -> Mask | Facts:
+    """A mask that is a plain value stands for itself; of one that holds tensors a plan depends on its facts."""
     if not isinstance(mask, Mask):
         _check(q, k, k, mask, 0.0, None, None)
-    at = (q.shape[:3], k.shape[2], q.device)
-    known = _FACTS.setdefault(mask, {})
-    facts = known.get(at)
+    return _facts(mask, q, k) if mask.tensors else mask
+
+
+def _facts(mask: Mask, q: Tensor, k: Tensor) -> Facts:
+    """What the choice depends on of this mask; checked against the shapes, and worked out, once per mask and shape."""
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in mask.tensors)
-    if facts is None or facts.needs_grad != needs_grad:
-        facts = known[at] = _new_facts(mask, _frame(q, k), needs_grad)
-    return facts
+    at = ("facts", q.shape, k.shape, q.device, needs_grad)
+    facts = mask.memo.get(at)
+    if facts is None:
+        facts = mask.memo[at] = _new_facts(mask, _frame(q, k), needs_grad)
+    return cast(Facts, facts)
 
 
 def _new_facts(mask: Mask, frame: Frame, needs_grad: bool) -> Facts:
@@ -326,7 +326,12 @@ def _new_facts(mask: Mask, frame: Frame, needs_grad: bool) -> Facts:
             raise MaskError(
                 f"got a mask on {tensor.device} for a call on {frame.device}; make the mask on {frame.device}"
             )
-    return Facts(terms(mask, frame).kinds(frame), rows_may_be_empty(mask, frame), needs_grad)
+    return Facts(terms(mask, frame).kinds(frame), _settled(rows_may_be_empty(mask, frame)), needs_grad)
+
+
+def _settled(flag: bool) -> bool:
+    """A plain bool: a tracer may hold a comparison as a symbol, and only a branch makes it decide."""
+    return True if flag else False  # noqa: SIM210
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -381,8 +386,8 @@ def _traced(
         1, operator.index(q.shape[1]), operator.index(k.shape[1]), q_len, q_len if q.shape[2] == k.shape[2] else representative(k.shape[2]),
         operator.index(q.shape[3]), operator.index(v.shape[3]), str(q.dtype), q.device.type, q.device.index,
         None if facts is None else tuple(sorted(facts.kinds)), facts is not None and facts.rows_may_be_empty,
-        facts is not None and facts.needs_grad, dropout > 0, softcap is not None, sinks is not None, return_lse,
-        scale is None or 0 < scale < math.inf, needs_grad, _transformed(), torch.compiler.is_compiling(),
+        facts is not None and facts.needs_grad, _settled(dropout > 0), softcap is not None, sinks is not None, return_lse,
+        _settled(scale is None or 0 < scale < math.inf), needs_grad, _transformed(), torch.compiler.is_compiling(),
         tuple((require,) if isinstance(require, str) else require), backend,
     )  # fmt: skip
     kernel = _KERNELS[entry]

@@ -38,7 +38,7 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
     k, v = repeat_kv(q, k, v)
     wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None
-    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+    out, lse = torch._scaled_dot_product_efficient_attention(
         q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, scale=extras.scale
     )[:2]
     return gate_sinks(out, lse[:, :, : q.shape[2]], extras.sinks)  # its rows are padded to 32

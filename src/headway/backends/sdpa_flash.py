@@ -41,20 +41,20 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
-    aten = torch.ops.aten
+
     if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask.causal, attn_mask=mask.dense, scale=extras.scale
         )
     elif mask.window is None:
-        out, lse = aten._scaled_dot_product_flash_attention(
+        out, lse = torch._scaled_dot_product_flash_attention(
             q, k, v, extras.dropout, mask.causal, False, scale=extras.scale
         )[:2]
     else:
         left, right = mask.window
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         lengths = (q.shape[1], k.shape[1])
-        out, lse = aten._flash_attention_forward(
+        out, lse = torch.ops.aten._flash_attention_forward.default(
             q, k, v, None, None, *lengths, extras.dropout, False, False,
             scale=extras.scale,
             window_size_left=-1 if left is None else left,

@@ -23,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extras: Extras)
         sink = extras.sinks.to(bias.dtype).view(1, -1, 1, 1).expand(*bias.shape[:3], 1)
         mask = torch.cat((bias, sink), dim=-1)
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
-    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+    out, _ = torch._scaled_dot_product_attention_math(
         q, k, v, mask, extras.dropout, False, None, scale=extras.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return Attended(out, None)

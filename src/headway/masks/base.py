@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -95,6 +96,14 @@ class Mask:
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors this mask holds; a mask with none is a plain value."""
         return ()
+
+    @functools.cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What has been worked out from this mask: it lives and dies with it, and is not copied or saved."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "memo"}
 
     # -- algebra ------------------------------------------------------------------------------------------------
 
