@@ -12,6 +12,8 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.compiler import is_compiling
 
 from headway.backends.kernel import Extras, Kernel
 from headway.backends.registry import NAMES, Backend
@@ -69,18 +71,18 @@ def attention(
     >>> attention(q, k, v, mask=Causal()).shape
     torch.Size([1, 2, 5, 16])
     """
-    device = q.device
-    if torch.is_autocast_enabled(device.type) and q.dtype != torch.float64:
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         return _autocast(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or _transformed():
+    if is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or maybe_current_level() is not None:
         return _traced(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
     # Everything a plan depends on. What tensors hold is never a part of it, so nothing waits for a device.
     key = (
-        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, device, k.device, v.device,
-        q.stride(), k.stride(), v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
+        q.is_contiguous() and k.is_contiguous() and v.is_contiguous() or (q.stride(), k.stride(), v.stride()),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         mask if mask is None else _mask_key(mask, q, k),
-        scale is None or 0 < scale < math.inf, dropout > 0, 0 <= dropout < 1, softcap and softcap > 0,
+        scale is None or 0 < scale < math.inf, 0.0 if dropout == 0.0 else 0 < dropout < 1, softcap and softcap > 0,
         None if sinks is None else (sinks.shape, sinks.device, sinks.requires_grad),
         backend, require if type(require) in (tuple, str) else tuple(require), return_lse,
         torch.are_deterministic_algorithms_enabled(),
@@ -250,7 +252,7 @@ def _request(
         needs_grad=torch.is_grad_enabled() and (mask_needs_grad or any(t.requires_grad for t in tensors)),
         aligned=all(_is_aligned(x) for x in (q, k, v)),
         transformed=_transformed(),
-        compiled=torch.compiler.is_compiling(),
+        compiled=is_compiling(),
         require=_contracts(require),
     )
 
@@ -338,7 +340,7 @@ def _is_aligned(x: Tensor) -> bool:
     """Rows contiguous, and on CUDA starting on 16 bytes: kernels there load vectors, and crash on others."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return False
-    if x.device.type != "cuda" or torch.compiler.is_compiling() or type(x) is not Tensor or _transformed():
+    if x.device.type != "cuda" or is_compiling() or type(x) is not Tensor or _transformed():
         return True
     size = x.element_size()
     return x.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in x.stride()[:-1])
@@ -346,7 +348,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 def _transformed() -> bool:
     """True inside a torch.func transform."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return maybe_current_level() is not None
 
 
 # -- calls that are not planned -----------------------------------------------------------------------------------
@@ -387,7 +389,7 @@ def _traced(
         operator.index(q.shape[3]), operator.index(v.shape[3]), str(q.dtype), q.device.type, q.device.index,
         None if facts is None else tuple(sorted(facts.kinds)), facts is not None and facts.rows_may_be_empty,
         facts is not None and facts.needs_grad, _settled(dropout > 0), softcap is not None, sinks is not None, return_lse,
-        _settled(scale is None or 0 < scale < math.inf), needs_grad, _transformed(), torch.compiler.is_compiling(),
+        _settled(scale is None or 0 < scale < math.inf), needs_grad, _transformed(), is_compiling(),
         tuple((require,) if isinstance(require, str) else require), backend,
     )  # fmt: skip
     kernel = _KERNELS[entry]
@@ -419,7 +421,9 @@ def _entry_for(
     )  # fmt: skip
     machine = here(torch.device(device) if index is None else torch.device(device, index))
     chosen = choose(request, machine, _asked(backend)).backend()
-    _KERNELS[chosen.entry] = chosen.load()
+    kernel = _KERNELS[chosen.entry] = chosen.load()
+    for operator in getattr(kernel, "OPERATORS", ()):
+        torch.compiler.allow_in_graph(operator)
     return chosen.entry
 
 

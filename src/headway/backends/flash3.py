@@ -30,4 +30,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> At
         return answer[:2] if wants_lse else (answer, None)
 
     out, lse = through(q, k, v, mask.packed, call)
-    return Attended(out, None) if lse is None else gate_sinks(out, lse, extras.sinks)
+    return (out, None) if lse is None else gate_sinks(out, lse, extras.sinks)

@@ -69,11 +69,11 @@ def through(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, call: Call) 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if packed is None:
         out, lse = call(q, k, v)
-        return Attended(out.transpose(1, 2), lse)
+        return out.transpose(1, 2), lse
     out, lse = call(*(x.flatten(0, 1) for x in (q, k, v)))
     if lse is not None:
         lse = lse.view(-1, batch, length).transpose(0, 1)
-    return Attended(out.view(batch, length, *out.shape[1:]).transpose(1, 2), lse)
+    return out.view(batch, length, *out.shape[1:]).transpose(1, 2), lse
 
 
 def packed_arguments(packed: Packed | None) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> At
         kernel = compiled(mask.signature + (" softcap" if capped else ""), wants_lse, extras.needs_grad)
         answer = kernel(*arguments)
     if not wants_lse:
-        return Attended(answer, None)
+        return answer, None
     out, lse = answer
     return gate_sinks(out, lse, extras.sinks)
 

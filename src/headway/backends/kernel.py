@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,15 +27,15 @@ class Extras:
     deterministic: bool = False
 
 
-class Attended(NamedTuple):
-    """A backend's answer."""
-
-    out: Tensor
-    lse: Tensor | None
+Attended: TypeAlias = tuple[Tensor, Tensor | None]
+"""A backend's answer: the result, and the log of each row's denominator where it was asked for."""
 
 
 class Kernel(Protocol):
-    """A backend's file. Shapes: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E), out (B, H, L, E), lse (B, H, L)."""
+    """A backend's file. It may list OPERATORS: functions torch.compile must take whole, as their operators return more
+    than a tracer can hold.
+
+    Shapes: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E), out (B, H, L, E), lse (B, H, L)."""
 
     def lower(self, mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Any:
         """The mask as `attend` takes it, exactly; kept between calls while the mask does not change."""
@@ -55,7 +55,7 @@ def repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def gate_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Attended:
     """The sink's share taken off the result: softmax with one more logit is the old one times a sigmoid."""
     if sinks is None:
-        return Attended(out, lse)
+        return out, lse
     logit = sinks.view(-1, 1).to(lse.dtype)
     share = torch.sigmoid(lse - logit)
-    return Attended(out * share.unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, logit))
+    return out * share.unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, logit)

@@ -46,4 +46,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor | None, Tensor | 
     if extras.dropout > 0:
         weights = torch.nn.functional.dropout(weights, extras.dropout)
     lse = (total.log() + highest).squeeze(-1) if extras.lse else None
-    return Attended(weights.to(v.dtype) @ v, lse)
+    return weights.to(v.dtype) @ v, lse

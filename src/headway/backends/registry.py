@@ -170,30 +170,49 @@ SDPA_CUDNN = Backend(
     masks=Masks(native=_kinds("causal", "causal-upper-left"), dense=True),
 )
 
-FLEX = Backend(
+FLEX_MASKS = Masks(
+    native=(
+        frozenset(
+            "causal causal-upper-left causal-lower-right window window-upper-left window-lower-right prefix documents"
+            " documents-cross padding tree dense bias alibi predicate or not".split()
+        ),
+    )
+)
+
+FLEX_CUDA = Backend(
     name="flex",
     entry="headway.backends.flex",
     summary="flex attention, compiled",
     limits=(
-        Devices(("cuda", "cpu")),
+        Devices(("cuda",)),
         Feature("flex", "update torch"),
-        Feature("triton", "install triton", only_on="cuda"),
-        Feature("c++", "install a C++ compiler", only_on="cpu"),
+        Feature("triton", "install triton"),
         DTypes(FLOATS),
         HeadDim(at_least=16),
         Options(softcap=True, sinks="yes", lse="yes", lse_of_empty_rows=True),
-        Backward(mask=True, only_on=("cuda",)),
+        Backward(mask=True),
         Transforms(),
         Contracts(frozenset({"deterministic", "float32", "fullgraph", "no-sync"})),
     ),
-    masks=Masks(
-        native=(
-            frozenset(
-                "causal causal-upper-left causal-lower-right window window-upper-left window-lower-right prefix documents"
-                " documents-cross padding tree dense bias alibi predicate or not".split()
-            ),
-        )
+    masks=FLEX_MASKS,
+)
+
+FLEX_CPU = Backend(
+    name="flex",
+    entry="headway.backends.flex",
+    summary="flex attention, compiled, for CPU",
+    limits=(
+        Devices(("cpu",)),
+        Feature("flex", "update torch"),
+        Feature("c++", "install a C++ compiler"),
+        DTypes(FLOATS),
+        HeadDim(at_least=16),
+        Options(softcap=True),
+        Backward(inputs=False),
+        Transforms(),
+        Contracts(frozenset({"deterministic", "float32", "fullgraph", "no-sync"})),
     ),
+    masks=FLEX_MASKS,
 )
 
 TORCH_VARLEN = Backend(
@@ -327,7 +346,8 @@ BACKENDS: tuple[Backend, ...] = (
     TORCH_VARLEN,
     XFORMERS,
     SDPA_EFFICIENT,
-    FLEX,
+    FLEX_CUDA,
+    FLEX_CPU,
     SDPA_MATH,
     REFERENCE,
     SAGE,

@@ -20,4 +20,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, extras: Extras) -> Att
     from sageattention import sageattn
 
     # Every argument by its own name: sageattn swallows unknown ones, and calls the scale sm_scale.
-    return Attended(sageattn(q, k, v, tensor_layout="HND", is_causal=causal, sm_scale=extras.scale), None)
+    return sageattn(q, k, v, tensor_layout="HND", is_causal=causal, sm_scale=extras.scale), None

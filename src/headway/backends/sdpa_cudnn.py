@@ -33,7 +33,15 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
     wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None
-    out, lse = torch._scaled_dot_product_cudnn_attention(
-        q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, False, scale=extras.scale
-    )[:2]
-    return gate_sinks(out, lse.squeeze(-1), extras.sinks) if wants_lse else Attended(out, None)
+    out, lse = _cudnn(q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, extras.scale)
+    return gate_sinks(out, lse.squeeze(-1), extras.sinks) if wants_lse else (out, None)
+
+
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, dropout: float, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    answer = torch._scaled_dot_product_cudnn_attention(q, k, v, bias, lse, dropout, causal, False, scale=scale)
+    return answer[0], answer[1]
+
+
+OPERATORS = (_cudnn,)

@@ -38,7 +38,15 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
     k, v = repeat_kv(q, k, v)
     wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None
-    out, lse = torch._scaled_dot_product_efficient_attention(
-        q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, scale=extras.scale
-    )[:2]
+    out, lse = _efficient(q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, extras.scale)
     return gate_sinks(out, lse[:, :, : q.shape[2]], extras.sinks)  # its rows are padded to 32
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, dropout: float, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    answer = torch._scaled_dot_product_efficient_attention(q, k, v, bias, lse, dropout, causal, scale=scale)
+    return answer[0], answer[1]
+
+
+OPERATORS = (_efficient,)

@@ -41,24 +41,32 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
-
     if q.device.type == "cpu":
         out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask.causal, attn_mask=mask.dense, scale=extras.scale
         )
     elif mask.window is None:
-        out, lse = torch._scaled_dot_product_flash_attention(
-            q, k, v, extras.dropout, mask.causal, False, scale=extras.scale
-        )[:2]
+        out, lse = _flash(q, k, v, extras.dropout, mask.causal, extras.scale)
     else:
-        left, right = mask.window
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        lengths = (q.shape[1], k.shape[1])
-        out, lse = torch.ops.aten._flash_attention_forward.default(
-            q, k, v, None, None, *lengths, extras.dropout, False, False,
-            scale=extras.scale,
-            window_size_left=-1 if left is None else left,
-            window_size_right=-1 if right is None else right,
-        )[:2]  # fmt: skip
-        out = out.transpose(1, 2)
+        out, lse = _banded(q, k, v, extras.dropout, *mask.window, extras.scale)
     return gate_sinks(out, lse, extras.sinks)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    answer = torch._scaled_dot_product_flash_attention(q, k, v, dropout, causal, False, scale=scale)
+    return answer[0], answer[1]
+
+
+def _banded(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, left: int | None, right: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    # The operator below the public one: it knows windows, and aligns them lower-right.
+    answer = torch.ops.aten._flash_attention_forward.default(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, None, q.shape[2], k.shape[2],
+        dropout, False, False, scale=scale,
+        window_size_left=-1 if left is None else left, window_size_right=-1 if right is None else right,
+    )  # fmt: skip
+    return answer[0].transpose(1, 2), answer[1]
+
+
+OPERATORS = (_flash, _banded)

@@ -26,4 +26,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extras: Extras)
     out, _ = torch._scaled_dot_product_attention_math(
         q, k, v, mask, extras.dropout, False, None, scale=extras.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return Attended(out, None)
+    return out, None

@@ -28,9 +28,9 @@ def trial(name: str, device: str) -> str | None:
     q, k, v = (x.clone().requires_grad_(learns) for x in made.unbind())
     frame = Frame(128, 128, 1, 2, q.device)
     extras = Extras(scale=0.125, needs_grad=learns)
-    out = kernel.attend(q, k, v, kernel.lower(Causal(), frame, dtype), extras).out
+    out = kernel.attend(q, k, v, kernel.lower(Causal(), frame, dtype), extras)[0]
     wide = made.double()
-    truth = reference.attend(wide[0], wide[1], wide[2], reference.lower(Causal(), frame, torch.float64), extras).out
+    truth = reference.attend(wide[0], wide[1], wide[2], reference.lower(Causal(), frame, torch.float64), extras)[0]
     error = (out.double() - truth).abs().max().item()
     if not error < (0.05 if backend.exact else 0.2):
         return f"its answer is off by {error:.3g}"

@@ -34,4 +34,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, extras: Extras) -> Attend
         out = out.reshape(batch, length, *out.shape[2:]).transpose(1, 2)
         return gate_sinks(out, lse, extras.sinks)
     out = fmha.memory_efficient_attention(q, k, v, attn_bias=mask, p=extras.dropout, scale=extras.scale)
-    return Attended(out.reshape(batch, length, *out.shape[2:]).transpose(1, 2), None)
+    return out.reshape(batch, length, *out.shape[2:]).transpose(1, 2), None

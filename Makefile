@@ -1,0 +1,39 @@
+# Two commands do everything: `make demo` shows what Headway does, `make test` runs the whole suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+REPORT ?= headway-demo.html
+
+.PHONY: help demo test lint fuzz clean
+help:
+	@echo "make demo   run Headway on a built-in model and write $(REPORT)"
+	@echo "make test   the whole test suite"
+	@echo "make lint   ruff, mypy and the import contracts"
+	@echo "make fuzz   50,000 random calls against float64"
+	@echo "make clean  remove the environment and caches"
+
+# torch first and alone: a later install that merely admits it must not pull another build.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[test,lint]"
+	@touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/headway demo --report $(REPORT)
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fuzz: $(BIN)/.installed
+	HEADWAY_FUZZ_DRAWS=50000 $(BIN)/python -m pytest -n $(WORKERS) tests/test_fuzz.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Complete systems that stand on Headway."""

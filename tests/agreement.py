@@ -1,0 +1,234 @@
+"""The judge: an answer may err a small multiple of what plain PyTorch errs in its dtype, both against float64.
+
+The formula here is the tests' own: nothing of it comes from the backends. Masks become bool by `Mask.to_bool`, which
+tests/masks judge; what masks add to scores is worked out here again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+import headway
+from headway import Alibi, Bias, Mask
+from headway.masks import And, Frame
+
+TIMES = 2.0
+"""How many times plain PyTorch's error a backend may err."""
+WORST_ULPS, MEAN_ULPS = 3.0, 0.75
+"""And how many units in the last place on top, of the largest and of the root mean square value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One attention call with all its tensors. Those that require gradients are judged by them too."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    return_lse: bool = False
+    require: tuple[str, ...] = ()
+
+    def options(self) -> dict[str, Any]:
+        names = ("mask", "scale", "softcap", "sinks", "return_lse", "require")
+        return {name: getattr(self, name) for name in names}
+
+    def frame(self) -> Frame:
+        return Frame(self.q.shape[2], self.k.shape[2], self.q.shape[0], self.q.shape[1], self.q.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a gradient may flow to, by name."""
+        found = {"q": self.q, "k": self.k, "v": self.v}
+        if self.sinks is not None:
+            found["sinks"] = self.sinks
+        return found | {f"bias {i}": bias.bias for i, bias in enumerate(biases(self.mask))}
+
+    def learnt(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors().items() if tensor.requires_grad}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came out of a call; `sees` says, for the formula's answer, which rows see a key."""
+
+    out: Tensor
+    lse: Tensor | None
+    grads: dict[str, Tensor | None]
+    sees: Tensor | None = None
+
+
+Attend: TypeAlias = Callable[[], "tuple[Tensor, Tensor | None]"]
+
+
+def run(call: Call, backend: str = "auto", *, learns: bool = True) -> Answer:
+    """Headway's answer."""
+
+    def attend() -> tuple[Tensor, Tensor | None]:
+        answer = headway.attention(call.q, call.k, call.v, backend=backend, **call.options())
+        return answer if call.return_lse else (answer, None)
+
+    return answered(attend, call.learnt() if learns else {}, call.q.dtype)
+
+
+def answered(attend: Attend, wanted: dict[str, Tensor], dtype: torch.dtype) -> Answer:
+    """`attend`'s answer and its gradients of the wanted tensors, for a fixed random cotangent."""
+    with torch.set_grad_enabled(bool(wanted)):
+        out, lse = attend()
+    if not wanted:
+        return Answer(out, lse, {})
+    ends, pushes = [out], [_cotangent(out, dtype)]
+    if lse is not None and lse.requires_grad:
+        ends.append(torch.where(lse.isfinite(), lse, 0.0))
+        pushes.append(_cotangent(lse, dtype))
+    grads = torch.autograd.grad(ends, list(wanted.values()), pushes, allow_unused=True)
+    return Answer(out.detach(), None if lse is None else lse.detach(), dict(zip(wanted, grads, strict=True)))
+
+
+def _cotangent(end: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers whatever dtype the answer comes in: they are rounded to the request's first."""
+    made = torch.randn(end.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return made.to(dtype).to(end.device, end.dtype)
+
+
+# -- the formula ----------------------------------------------------------------------------------------------------
+
+
+def by_formula(call: Call, dtype: torch.dtype, *, learns: bool, other_order: bool = False) -> Answer:
+    """The answer in `dtype` by the textbook.
+
+    `other_order` adds keys and features up from the other end: float64 has no better judge than itself, and the
+    difference between two orders is what rounding does to it.
+    """
+    wide = {name: t.detach().to(dtype).requires_grad_(t.requires_grad) for name, t in call.tensors().items()}
+    frame = call.frame()
+    room = (frame.batch, frame.heads, frame.q_len, frame.kv_len)
+    keep = torch.ones(room, dtype=torch.bool, device=frame.device)
+    if call.mask is not None:
+        keep = keep & call.mask.to_bool(frame)
+    for i, _ in enumerate(biases(call.mask)):
+        keep = keep & (wide[f"bias {i}"] > float("-inf"))
+
+    def attend() -> tuple[Tensor, Tensor | None]:
+        added = torch.zeros(room, dtype=dtype, device=frame.device)
+        for part in _added(call.mask, wide, frame, dtype):
+            added = added + part
+        out, lse = _textbook(call, wide, keep, added, -1 if other_order else 1)
+        return out, lse if call.return_lse else None
+
+    wanted = {name: tensor for name, tensor in wide.items() if learns and tensor.requires_grad}
+    return dataclasses.replace(answered(attend, wanted, call.q.dtype), sees=keep.any(-1))
+
+
+def _textbook(
+    call: Call, wide: dict[str, Tensor], keep: Tensor, added: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    """softmax(cap(q kᵀ · scale) + added) v over the keys that are kept."""
+    q, k, v = wide["q"], wide["k"], wide["v"]
+    if step == -1:
+        q, k, v, keep, added = q.flip(-1), k.flip(-1, -2), v.flip(-2), keep.flip(-1), added.flip(-1)
+    shared = q.shape[1] // k.shape[1]
+    owner = [head // shared for head in range(q.shape[1])]
+    logits = torch.einsum("bhld,bhsd->bhls", q, k[:, owner])
+    logits = logits * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = (logits + added).masked_fill(~keep, float("-inf"))
+    if call.sinks is not None:
+        sink = wide["sinks"].view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits, keep = torch.cat((logits, sink), -1), torch.nn.functional.pad(keep, (0, 1), value=True)
+    some = keep.any(-1, keepdim=True)
+    logits = torch.where(some, logits, 0.0)
+    weights = logits.softmax(-1) * some
+    out = torch.einsum("bhls,bhse->bhle", weights[..., : k.shape[2]], v[:, owner])
+    lse = torch.where(some.squeeze(-1), logits.logsumexp(-1), float("-inf"))
+    return out, lse
+
+
+def biases(mask: Mask | None) -> Iterator[Bias]:
+    return (part for part in conjuncts(mask) if isinstance(part, Bias))
+
+
+def conjuncts(mask: Mask | None) -> Iterator[Mask]:
+    if isinstance(mask, And):
+        for part in mask.parts:
+            yield from conjuncts(part)
+    elif mask is not None:
+        yield mask
+
+
+def _added(mask: Mask | None, wide: dict[str, Tensor], frame: Frame, dtype: torch.dtype) -> Iterator[Tensor]:
+    """What the mask's parts add to scores, each broadcast over (batch, heads, queries, keys)."""
+    for i, _ in enumerate(biases(mask)):
+        yield wide[f"bias {i}"]
+    for part in conjuncts(mask):
+        if isinstance(part, Alibi):
+            shift = frame.kv_len - frame.q_len if part.align == "lower-right" else 0
+            rows = [[abs(q + shift - k) for k in range(frame.kv_len)] for q in range(frame.q_len)]
+            distance = torch.tensor(rows, dtype=dtype, device=frame.device)
+            yield -part.slopes.to(frame.device, dtype).view(-1, 1, 1) * distance
+
+
+# -- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def check(call: Call, backend: str = "auto", *, learns: bool = True) -> None:
+    """Run a call and judge all that comes out of it."""
+    judge(call, run(call, backend, learns=learns), learns=learns)
+
+
+def judge(call: Call, got: Answer, *, learns: bool = True) -> None:
+    """Raise AssertionError unless the answer is as good as plain PyTorch's, and exact where exactness is promised."""
+    truth = by_formula(call, torch.float64, learns=learns)
+    plain = by_formula(call, call.q.dtype, learns=learns, other_order=True)
+    assert got.out.dtype == call.q.dtype, f"out is {got.out.dtype} for a request in {call.q.dtype}"
+    assert_as_good(got.out, plain.out, truth.out, "out")
+    assert_nothing_from_nothing(got, truth)
+    assert (got.lse is None) == (truth.lse is None), "lse is there if, and only if, it was asked for"
+    if got.lse is not None:
+        assert_as_good(got.lse, plain.lse, truth.lse, "lse")
+    assert got.grads.keys() == truth.grads.keys()
+    for name, grad in got.grads.items():
+        assert grad is not None, f"no gradient reaches {name}"
+        assert_as_good(grad, plain.grads[name], truth.grads[name], f"gradient of {name}")
+
+
+def assert_nothing_from_nothing(got: Answer, truth: Answer) -> None:
+    """A row that sees nothing gives exactly 0, and takes exactly 0."""
+    assert truth.sees is not None
+    empty = ~truth.sees
+    assert bool((got.out[empty] == 0).all()), "a row that sees nothing is not exactly 0"
+    grad = got.grads.get("q")
+    if grad is not None:
+        assert bool((grad[empty] == 0).all()), "the gradient of a query that sees nothing is not exactly 0"
+
+
+def assert_as_good(got: Tensor, plain: Tensor | None, truth: Tensor | None, what: str) -> None:
+    """The worst element finds one bad value; the root mean square finds a scale that is a little wrong everywhere."""
+    assert plain is not None
+    assert truth is not None
+    assert got.shape == truth.shape, f"{what} is {list(got.shape)}, should be {list(truth.shape)}"
+    unit = torch.finfo(plain.dtype).eps
+    got, plain = got.double(), plain.double()
+    never = truth.isneginf()
+    assert torch.equal(got.isneginf(), never), f"{what} is -inf elsewhere than it should be"
+    got, plain, truth = (torch.where(never, 0.0, x) for x in (got, plain, truth))
+    assert bool(got.isfinite().all()), f"{what} is not finite"
+    for norm, measure, ulps in (("worst element", _worst, WORST_ULPS), ("root mean square", _rms, MEAN_ULPS)):
+        error, allowed = measure(got - truth), TIMES * measure(plain - truth) + ulps * unit * measure(truth)
+        assert error <= allowed, f"{what}: {norm} errs {error:.3g}, plain PyTorch allows {allowed:.3g}"
+
+
+def _worst(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0

@@ -1,0 +1,59 @@
+"""What every test starts from: one thread, a fixed seed, no remembered plans, and nobody's settings or caches."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # agreement.py, deck.py and accepts.py serve tests of several folders
+
+from deck import DEVICES
+
+from headway.backends import flex
+
+door = importlib.import_module("headway.attention")  # `headway.attention` itself is the function of that name
+
+torch.set_num_threads(1)  # the tensors are tiny, and the workers of pytest-xdist share the cores
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU; made only where there is one")
+
+
+@pytest.fixture(
+    params=[pytest.param(kind, marks=pytest.mark.cuda if kind == "cuda" else ()) for kind in DEVICES]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each kind of device that is here, one test for each."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trials of kernel packages are remembered in a folder of this run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan, environment or random state is left over from another test."""
+    monkeypatch.delenv("HEADWAY_BACKEND", raising=False)
+    door._PLANS.clear()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def flex_uncompiled(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Flex attention by its plain path on CPU, where compiling each of hundreds of masks would take hours."""
+    params = getattr(request.node, "callspec", None)
+    if params is not None and params.params.get("device") == "cuda":
+        return
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex, "compiled", lambda *_: flex._flex)
