@@ -1,6 +1,6 @@
 """Turns benchmark rows into the table of times that `auto` chooses by: src/headway/choice/tables/<gpu>.json.
 
-    python benchmarks/make_table.py benchmarks/results/attention.jsonl
+python benchmarks/make_table.py benchmarks/results/attention.jsonl
 """
 
 from __future__ import annotations

@@ -54,13 +54,13 @@ LOWER_RIGHT = words("causal-lower-right-wide; causal-lower-right-tall", before="
     "window-lower-right-wide; window-lower-right-tall", before="mask "
 )
 DOCUMENTS = words(
-    "documents; documents-some-empty; documents & causal; documents & window; documents-cross"
-    "; documents-cross-no-keys",
+    "documents; documents-some-empty; documents & causal; documents & window; documents-cross; documents-cross-no-keys",
     before="mask ",
 )
 ALIBI = words("alibi; alibi & causal; alibi & documents; alibi-lower-right", before="mask ")
-HALF_TILES = words(
-    """
+HALF_TILES = (
+    words(
+        """
     length 320x320, padding
     length 64x64, padding, large logits
     length 320x320, window, large logits
@@ -70,11 +70,12 @@ HALF_TILES = words(
     mask alibi-upper-left; mask alibi-lower-right; mask alibi-upper-left & causal-lower-right
     mask causal-lower-right & padding; mask causal-upper-left & padding
     """
-) | LOWER_RIGHT
+    )
+    | LOWER_RIGHT
+)
 """Masked calls with a length of 64 modulo 128, where cuDNN's backward pass is quarantined. CAUSAL is no mask to it."""
-OTHER_MASKS = (
-    words(
-        """
+OTHER_MASKS = words(
+    """
         nothing; prefix; prefix-per-entry; causal | prefix
         documents-cross & causal; documents & documents
         padding; padding-left; padding-holes; padding-all; padding & padding; padding-all, large logits
@@ -85,10 +86,8 @@ OTHER_MASKS = (
         predicate; predicate-captures; not-causal; not-documents; ~(window & documents)
         causal & padding; causal & padding-left; documents & causal & padding; (window | prefix) & padding
         """,
-        before="mask ",
-    )
-    | words("layout misaligned, padding; heads 8:2, padding")
-)
+    before="mask ",
+) | words("layout misaligned, padding; heads 8:2, padding")
 LEARNT = words(
     "bias-learnt; bias-learnt-per-head; bias-learnt-over-keys; bias-learnt-blocks; bias-learnt & causal",
     before="mask ",

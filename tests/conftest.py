@@ -25,9 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU; made only where there is one")
 
 
-@pytest.fixture(
-    params=[pytest.param(kind, marks=pytest.mark.cuda if kind == "cuda" else ()) for kind in DEVICES]
-)
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.cuda if kind == "cuda" else ()) for kind in DEVICES])
 def device(request: pytest.FixtureRequest) -> str:
     """Each kind of device that is here, one test for each."""
     return str(request.param)

@@ -261,7 +261,9 @@ def _shapes() -> list[Case]:
         Case("length 320x320, padding", lengths=(320, 320), mask=lambda f: Padding([320, 100])),
         Case("length 64x64, padding, large logits", lengths=(64, 64), mask=lambda f: Padding([64, 9]), logits=30.0),
         Case("length 320x320, window, large logits", lengths=(320, 320), mask=SQUARE["window"], logits=30.0),
-        Case("length 192x192, padding, large logits", lengths=(192, 192), mask=lambda f: Padding([192, 9]), logits=30.0),
+        Case(
+            "length 192x192, padding, large logits", lengths=(192, 192), mask=lambda f: Padding([192, 9]), logits=30.0
+        ),
     ]
 
 

@@ -78,7 +78,7 @@ def attention(
     # Everything a plan depends on. What tensors hold is never a part of it, so nothing waits for a device.
     key = (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
-        q.is_contiguous() and k.is_contiguous() and v.is_contiguous() or (q.stride(), k.stride(), v.stride()),
+        (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or (q.stride(), k.stride(), v.stride()),
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         mask if mask is None else _mask_key(mask, q, k),

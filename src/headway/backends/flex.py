@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,13 +26,17 @@ class Lowered:
     """What decides the program: masks of one signature share one compiled kernel."""
     block_mask: BlockMask | None = None
     score: Score | None = None
+    options: dict[str, int] | None = None
 
 
 def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
     if mask is None:
         return Lowered("none")
     blocks = None if mask.kind in ("bias", "alibi") else mask.to_block_mask(frame)
-    return Lowered(signature(mask), blocks, mask.score(frame))
+    held = signature(mask)
+    # A tensor loaded tile by tile takes shared memory in every stage of the pipeline; with one stage it always fits.
+    options = {"num_stages": 1} if frame.device.type == "cuda" and ("bias" in held or "dense" in held) else None
+    return Lowered(held, blocks, mask.score(frame), options)
 
 
 def signature(mask: Mask) -> str:
@@ -49,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> At
     if extras.softcap is not None:
         score = _softcapped(torch.full((), extras.softcap, device=q.device), score)
     wants_lse = extras.lse or extras.sinks is not None
-    arguments = (q, k, v, score, mask.block_mask, extras.scale, q.shape[1] != k.shape[1], wants_lse)
+    arguments = (q, k, v, score, mask.block_mask, extras.scale, q.shape[1] != k.shape[1], wants_lse, mask.options)
     if torch.compiler.is_compiling():
         answer = _flex(*arguments)
     else:
@@ -70,9 +73,18 @@ def _softcapped(cap: Tensor, then: Score | None) -> Score:
 
 
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, score: Score | None, blocks: BlockMask | None, scale: float, gqa: bool, lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Score | None,
+    blocks: BlockMask | None,
+    scale: float,
+    gqa: bool,
+    lse: bool,
+    options: dict[str, int] | None,
 ) -> Any:
-    return flex_attention(q, k, v, score, blocks, scale, gqa, lse)
+    flex: Any = flex_attention  # its overloads know no plain bool for return_lse
+    return flex(q, k, v, score, blocks, scale, gqa, lse, options)
 
 
 class Counted:
@@ -85,7 +97,7 @@ class Counted:
         own = types.FunctionType(code, _flex.__globals__, _flex.__name__)
         self.run = torch.compile(own, fullgraph=True, dynamic=False, backend=self.compile)
 
-    def compile(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+    def compile(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
         self.compilations += 1
@@ -95,7 +107,7 @@ class Counted:
                 f" budget {self.budget}: its shapes or options change too often; pad lengths to a few sizes,"
                 f" or choose another backend"
             )
-        return compile_fx(graph, inputs)  # type: ignore[no-any-return]  # torch has no types here
+        return compile_fx(graph, inputs)
 
     def __call__(self, *arguments: Any) -> Any:
         return self.run(*arguments)

@@ -15,7 +15,9 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> tuple[Tensor |
     if mask is None:
         return None, None
     score = mask.score(frame)
-    zero = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=frame.device)
+    # Four axes, as a tensor of none would not lift the biases added to it to its own precision.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    zero = torch.zeros((1, 1, 1, 1), dtype=wide, device=frame.device)
     return mask.to_bool(frame), None if score is None else score(zero, *frame.indices())
 
 

@@ -15,13 +15,11 @@ from headway.limits.limit import (
     Contracts,
     Devices,
     DTypes,
-    EqualHeads,
     Feature,
     HeadDim,
     Limit,
     Masks,
     NeedsPackage,
-    NoEmptyRows,
     NotOneByOne,
     Options,
     PlainScale,
@@ -65,6 +63,10 @@ def _kinds(*words: str) -> tuple[frozenset[str], ...]:
 
 FLASH_BANDS = _kinds("causal", "window", "causal-lower-right", "window-lower-right")
 FLASH_MASKS = (*FLASH_BANDS, *_kinds("documents & causal", "documents & window", "documents-cross"))
+FLASH2_MASKS = (
+    *FLASH_MASKS,
+    *(kinds | {"alibi", "alibi-lower-right"} for kinds in FLASH_MASKS if "documents-cross" not in kinds),
+)  # distances are counted within each document, which over two packings is no longer the mask's distance
 ALL_CONTRACTS = frozenset({"deterministic", "double-backward", "float32", "fullgraph", "no-sync"})
 
 REFERENCE = Backend(
@@ -173,8 +175,28 @@ SDPA_CUDNN = Backend(
 FLEX_MASKS = Masks(
     native=(
         frozenset(
-            "causal causal-upper-left causal-lower-right window window-upper-left window-lower-right prefix documents"
-            " documents-cross padding tree dense bias alibi predicate or not".split()
+            [
+                "causal",
+                "causal-upper-left",
+                "causal-lower-right",
+                "window",
+                "window-upper-left",
+                "window-lower-right",
+                "prefix",
+                "documents",
+                "documents-cross",
+                "padding",
+                "tree",
+                "dense",
+                "bias",
+                "alibi",
+                "alibi-upper-left",
+                "alibi-lower-right",
+                "predicate",
+                "and",
+                "or",
+                "not",
+            ]
         ),
     )
 )
@@ -253,7 +275,7 @@ FLASH2 = Backend(
         Transforms(),
         Contracts(frozenset({"deterministic", "fullgraph", "no-sync"})),
     ),
-    masks=Masks(native=tuple(kinds | {"alibi"} if "alibi" not in kinds else kinds for kinds in FLASH_MASKS)),
+    masks=Masks(native=FLASH2_MASKS),
 )
 
 FLASH3 = Backend(

@@ -59,7 +59,7 @@ def bare(kind: str, index: int | None = None) -> Machine:
         else:
             capability = (properties.major, properties.minor)
             versions["cuda"] = torch.version.cuda or ""
-            cudnn = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch has no types here
+            cudnn = torch.backends.cudnn.version() or 0
             versions["cudnn"] = f"{cudnn // 10000}.{cudnn % 10000 // 100}.{cudnn % 100}"
     return Machine(device, name, capability, features(kind), versions=tuple(versions.items()))
 

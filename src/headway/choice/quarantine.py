@@ -30,7 +30,7 @@ class Quarantined:
 def _cudnn_backward_half_tile(request: Request, machine: Machine) -> bool:
     lengths = (request.q_len, request.kv_len)
     masked = bool(request.mask - {"causal", "causal-upper-left"})
-    since = (2, 11) <= machine.version("torch")
+    since = machine.version("torch") >= (2, 11)
     return request.needs_grad and masked and since and any(n % 128 == 64 for n in lengths)
 
 

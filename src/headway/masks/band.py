@@ -19,21 +19,22 @@ class Band:
     offset: int
 
     def rule(self, frame: Frame) -> Rule:
-        left, right, offset = self.left, self.right, self.offset
-        # Zero is by far the commonest number here, and needs no captured tensor.
-        low = None if left is None else frame.scalar(offset - left) if offset != left else 0
-        high = None if right is None else frame.scalar(offset + right) if offset + right else 0
+        low, high = self._bound(frame, self.left, -1), self._bound(frame, self.right, 1)
 
         def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            if low is None and high is None:
-                return (q >= 0) & (k >= 0)
+            step = k - q
             if low is None:
-                return k - q <= high
-            if high is None:
-                return k - q >= low
-            return (k - q >= low) & (k - q <= high)
+                return step <= high if high is not None else (q >= 0) & (k >= 0)
+            return step >= low if high is None else (step >= low) & (step <= high)
 
         return keep
+
+    def _bound(self, frame: Frame, size: int | None, sign: int) -> Tensor | int | None:
+        """The bound on k - q: data, so that its value is no part of a compiled program; 0 is common enough to be one."""
+        if size is None:
+            return None
+        bound = self.offset + sign * size
+        return frame.scalar(bound) if bound else 0
 
     def blocks(self, tiles: Tiles) -> Blocks:
         # k - q over a tile runs from k_first - q_last to k_last - q_first.

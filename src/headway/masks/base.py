@@ -128,7 +128,8 @@ class Mask:
         """A float tensor to add to scores: -inf where attention may not go, the mask's own bias elsewhere."""
         keep = self.to_bool(frame)
         score = self.score(frame)
-        zero = torch.zeros((), dtype=dtype, device=frame.device)
+        # Four axes, as a tensor of none would not lift the biases added to it to its own precision.
+        zero = torch.zeros((1, 1, 1, 1), dtype=dtype, device=frame.device)
         bias = zero if score is None else score(zero, *frame.indices()).to(dtype)
         return torch.where(keep, bias, float("-inf"))
 

@@ -29,7 +29,9 @@ class Bias(Mask):
 
     def __post_init__(self) -> None:
         if not self.bias.is_floating_point():
-            raise MaskError(f"got {shape_of(self.bias)}, takes floating-point numbers; for yes and no use Dense(tensor)")
+            raise MaskError(
+                f"got {shape_of(self.bias)}, takes floating-point numbers; for yes and no use Dense(tensor)"
+            )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -34,7 +34,8 @@ def _evaluated(keep: Tensor) -> Blocks:
 
     def tiled(fill: bool) -> Tensor:
         padded = torch.nn.functional.pad(keep, room, value=fill)
-        return padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
+        *front, rows, columns = padded.shape
+        return padded.view(*front, rows // TILE, TILE, columns // TILE, TILE)
 
     return Blocks(some=tiled(False).any(-1).any(-2), every=tiled(True).all(-1).all(-2))
 
@@ -70,7 +71,7 @@ def _from_tiles(partial: Tensor, full: Tensor, rule: Any, frame: Frame) -> Block
         "BLOCK_SIZE": (TILE, TILE),
         "mask_mod": rule,
     }
-    return BlockMask(**fields | {name: None for name in _NEW_FIELDS})
+    return BlockMask(**fields | dict.fromkeys(_NEW_FIELDS))
 
 
 # torch 2.13 added fields for an ordered backward pass; None leaves it off.

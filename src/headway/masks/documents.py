@@ -73,9 +73,7 @@ class Documents(Mask):
         object.__setattr__(self, "keys", keys)
 
     @classmethod
-    def from_cu_seqlens(
-        cls, cu_seqlens: Tensor, *, longest: int | None = None, total: int | None = None
-    ) -> Documents:
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, *, longest: int | None = None, total: int | None = None) -> Documents:
         """From cumulative lengths, as flash kernels take them.
 
         With `longest` and `total` given nothing is read back from the device, and they are taken at their word.
@@ -111,7 +109,9 @@ class Documents(Mask):
     def check(self, frame: Frame) -> None:
         for name, packing, length in (("queries", self.queries, frame.q_len), ("keys", self.keys, frame.kv_len)):
             if packing.total != length:
-                raise MaskError(f"got documents of {packing.total} tokens in all for {length} {name}; they must be equal")
+                raise MaskError(
+                    f"got documents of {packing.total} tokens in all for {length} {name}; they must be equal"
+                )
 
     def rule(self, frame: Frame) -> Rule:
         q_doc = self.queries.ids(frame.q_len, frame.device)
@@ -122,7 +122,12 @@ class Documents(Mask):
         q_doc = self.queries.ids(frame.q_len, frame.device)
         k_doc = q_doc if self.one_packing else self.keys.ids(frame.kv_len, frame.device)
         # Ids ascend, so a tile's first and last document bound it.
-        q_low, q_high, k_low, k_high = q_doc[tiles.q_first], q_doc[tiles.q_last], k_doc[tiles.k_first], k_doc[tiles.k_last]
+        q_low, q_high, k_low, k_high = (
+            q_doc[tiles.q_first],
+            q_doc[tiles.q_last],
+            k_doc[tiles.k_first],
+            k_doc[tiles.k_last],
+        )
         return Blocks(some=(q_low <= k_high) & (k_low <= q_high), every=(q_low == k_high) & (k_low == q_high))
 
     def shows(self, frame: Frame, witness: Witness) -> bool:

@@ -41,7 +41,7 @@ def from_attn_mask(attn_mask: Tensor, num_heads: int) -> Mask:
     if mask.ndim == 3:
         if mask.shape[0] % num_heads:
             raise MaskError(f"got attn_mask {shape_of(attn_mask)}, takes batch * {num_heads} heads in front")
-        mask = mask.unflatten(0, (-1, num_heads))
+        mask = mask.reshape(-1, num_heads, *mask.shape[1:])
     elif mask.ndim != 2:
         raise MaskError(f"got attn_mask {shape_of(attn_mask)}, takes (queries, keys) or (batch * heads, queries, keys)")
     return Dense(~mask) if mask.dtype == torch.bool else Bias(mask)

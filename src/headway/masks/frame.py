@@ -9,6 +9,8 @@ from torch import Tensor
 
 from headway.errors import MaskError
 
+CPU = torch.device("cpu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
@@ -22,7 +24,7 @@ class Frame:
     kv_len: int
     batch: int = 1
     heads: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def offset(self, align: str | None) -> int:
         """Key index that lines up with query 0 under `align`."""

@@ -98,6 +98,4 @@ class Padding(Mask):
         return Blocks(some=(count > 0) & (every_row == 0), every=(count == width) & (every_row == 0))
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
-        return (
-            witness is Witness.FIRST_KEY and self.side == "right" and self.shortest is not None and self.shortest > 0
-        )
+        return witness is Witness.FIRST_KEY and self.side == "right" and self.shortest is not None and self.shortest > 0

@@ -70,9 +70,7 @@ def _captured(fn: Callable[..., Any]) -> dict[str, Any]:
     if not inspect.isfunction(fn):
         return {}
     cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-    defaults = {
-        name: p.default for name, p in inspect.signature(fn).parameters.items() if p.default is not p.empty
-    }
+    defaults = {name: p.default for name, p in inspect.signature(fn).parameters.items() if p.default is not p.empty}
     return {name: cell.cell_contents for name, cell in cells} | defaults
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from headway.errors import MaskError
 from headway.masks.base import And, Mask, shape_of
 from headway.masks.bias import Bias
-from headway.masks.causal import Causal
+from headway.masks.causal import Align, Causal
 from headway.masks.dense import Dense
 from headway.masks.documents import Documents
 from headway.masks.frame import Frame
@@ -72,7 +72,7 @@ def _candidates(keep: Tensor, frame: Frame) -> Iterator[Mask]:
     yield Full()
     if frame.q_len == 0 or frame.kv_len == 0:
         return
-    aligns = (None,) if frame.q_len == frame.kv_len else ("lower-right", "upper-left")
+    aligns: tuple[Align | None, ...] = (None,) if frame.q_len == frame.kv_len else ("lower-right", "upper-left")
     seen = keep.any(dim=1)
     padding = None if bool(seen.all()) else Padding(seen)
     if padding is not None:
@@ -89,7 +89,7 @@ def _candidates(keep: Tensor, frame: Frame) -> Iterator[Mask]:
         yield causal | Prefix(prefix)
 
 
-def _windows(keep: Tensor, frame: Frame, align: str | None) -> Iterator[Mask]:
+def _windows(keep: Tensor, frame: Frame, align: Align | None) -> Iterator[Mask]:
     q, k = keep[0].nonzero(as_tuple=True)
     if q.numel() == 0:
         return
@@ -98,7 +98,7 @@ def _windows(keep: Tensor, frame: Frame, align: str | None) -> Iterator[Mask]:
     open_left = None if left >= frame.q_len - 1 + frame.offset(align) else left
     open_right = None if right >= frame.kv_len - 1 - frame.offset(align) else right
     if open_left is not None or open_right not in (None, 0):
-        yield Window(open_left, open_right, align=align)  # type: ignore[arg-type]  # one of Align's words
+        yield Window(open_left, open_right, align=align)
 
 
 def _packings(keep: Tensor, causal: Mask) -> Iterator[Mask]:

@@ -30,18 +30,29 @@ class Terms:
 
     def kinds(self, frame: Frame) -> frozenset[str]:
         """The words that limits go by. A band is causal or a window, and skewed lengths say how they are aligned."""
-        words = {part.kind for part in self.rest}
+        # A second packing, band or bias is not what a kernel would make of that word: it has to be a tensor.
+        words = {"and" if part.kind in NAMED else part.kind for part in self.rest}
         if self.band is not None:
             word = "causal" if (self.band.left, self.band.right) == (None, 0) else "window"
-            skew = "" if frame.q_len == frame.kv_len else "-lower-right" if self.band.offset else "-upper-left"
-            words.add(word + skew)
+            words.add(word + _skew(frame, self.band.offset))
         if self.documents is not None:
             # A band over two different packings is not a band within each document.
             words.add("documents" if self.documents.one_packing else "documents-cross")
-        for part in (self.padding, self.alibi, self.bias):
+        if self.alibi is not None:
+            words.add("alibi" + _skew(frame, frame.offset(self.alibi.align)))
+        for part in (self.padding, self.bias):
             if part is not None:
                 words.add(part.kind)
         return frozenset(words)
+
+
+NAMED = ("causal", "window", "documents", "padding", "alibi", "bias")
+"""Kinds that may be one of the terms above."""
+
+
+def _skew(frame: Frame, offset: int) -> str:
+    """How a diagonal is aligned, where lengths differ."""
+    return "" if frame.q_len == frame.kv_len else "-lower-right" if offset else "-upper-left"
 
 
 def terms(mask: Mask | None, frame: Frame) -> Terms:

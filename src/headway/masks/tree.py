@@ -64,7 +64,9 @@ class Tree(Mask):
         if self.rank.numel() != frame.kv_len:
             raise MaskError(f"got a tree of {self.rank.numel()} tokens, takes {frame.kv_len} keys")
         if frame.q_len > frame.kv_len:
-            raise MaskError(f"got {frame.q_len} queries for a tree of {frame.kv_len} tokens; each query is a token of it")
+            raise MaskError(
+                f"got {frame.q_len} queries for a tree of {frame.kv_len} tokens; each query is a token of it"
+            )
 
     def rule(self, frame: Frame) -> Rule:
         rank, end = self.rank.to(frame.device), self.end.to(frame.device)
@@ -87,7 +89,7 @@ def _walk(parents: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
     for segment, parent in enumerate(parents):
         if not -1 <= parent < segment:
             raise MaskError(
-                f"got parent {parent} for segment {segment}, takes an earlier segment or -1; list parents before children"
+                f"got parent {parent} for segment {segment}, takes an earlier segment or -1; list parents first"
             )
         (roots if parent == -1 else children[parent]).append(segment)
     first, last = [0] * len(parents), [0] * len(parents)
