@@ -154,7 +154,7 @@ ACCEPTS: dict[str, dict[str, Accepts]] = {
             learns=ANY_MASK | ONE_BY_ONE | (ALL_SIZES - OTHER_VALUES) | DETERMINISTIC | WIDE | GRAPH | NO_SYNC,
             infers=LEARNT | SINKS_LEARNT | SINKS_AND_LSE_DENSE,
         ),
-        "flex": Accepts(FLOATS, infers=FLEX),
+        "flex": Accepts(FLOATS, infers=FLEX - SOFTCAP_SINKS - ALL_SINKS - SINKS_LEARNT - ALL_LSE),
         "sdpa-cudnn": Accepts(),
         "sdpa-efficient": Accepts(),
         "torch-varlen": Accepts(),

@@ -234,7 +234,7 @@ class Room:
         assert truth is not None
         assert got.shape == truth.shape, f"{what} is {list(got.shape)}, should be {list(truth.shape)}"
         unit = max(torch.finfo(self.dtype).eps, torch.finfo(got.dtype).eps)
-        fine = torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).eps
+        fine = min(unit, torch.finfo(torch.float32).eps)
         never = truth.isneginf()
         assert torch.equal(got.isneginf(), never), f"{what} is -inf elsewhere than it should be"
         got, plain, truth = (torch.where(never, 0.0, x.double()) for x in (got, plain, truth))

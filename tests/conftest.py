@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # agreement.py, deck.py and accepts.py serve tests of several folders
-
 from deck import DEVICES
 
 from headway.backends import flex
@@ -19,10 +14,6 @@ from headway.backends import flex
 door = importlib.import_module("headway.attention")  # `headway.attention` itself is the function of that name
 
 torch.set_num_threads(1)  # the tensors are tiny, and the workers of pytest-xdist share the cores
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU; made only where there is one")
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.cuda if kind == "cuda" else ()) for kind in DEVICES])

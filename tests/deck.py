@@ -246,7 +246,7 @@ def _shapes() -> list[Case]:
     lengths = [(1, 1), (1, 77), (77, 1), (5, 5), (64, 64), (192, 192), (320, 320), (130, 130), (24, 300)]
     heads = [(1, 1), (8, 2), (6, 1), (6, 2)]
     return [
-        *(Case(f"length {q}x{k}", lengths=(q, k)) for q, k in lengths),
+        *(Case(f"length {q}x{k}", lengths=(q, k), batch=1) for q, k in lengths),
         *(Case(f"heads {h}:{g}", heads=(h, g)) for h, g in heads),
         *(Case(f"size {d}", sizes=(d, d)) for d in (8, 16, 40, 76, 128, 256, 264)),
         *(Case(f"size {d}, values {e}", sizes=(d, e)) for d, e in ((64, 32), (64, 128), (40, 24))),
@@ -257,12 +257,12 @@ def _shapes() -> list[Case]:
         Case("layout misaligned, padding", layout="misaligned", mask=SQUARE["padding"]),
         Case("heads 8:2, causal", heads=(8, 2), mask=SQUARE["causal"]),
         Case("heads 8:2, padding", heads=(8, 2), mask=SQUARE["padding"]),
-        Case("length 320x320, causal", lengths=(320, 320), mask=SQUARE["causal"]),
-        Case("length 320x320, padding", lengths=(320, 320), mask=lambda f: Padding([320, 100])),
+        Case("length 320x320, causal", lengths=(320, 320), batch=1, mask=SQUARE["causal"]),
+        Case("length 320x320, padding", lengths=(320, 320), batch=1, mask=lambda f: Padding([100])),
         Case("length 64x64, padding, large logits", lengths=(64, 64), mask=lambda f: Padding([64, 9]), logits=30.0),
-        Case("length 320x320, window, large logits", lengths=(320, 320), mask=SQUARE["window"], logits=30.0),
+        Case("length 320x320, window, large logits", lengths=(320, 320), batch=1, mask=SQUARE["window"], logits=30.0),
         Case(
-            "length 192x192, padding, large logits", lengths=(192, 192), mask=lambda f: Padding([192, 9]), logits=30.0
+            "length 192x192, padding, large logits", lengths=(192, 192), batch=1, mask=lambda f: Padding([9]), logits=30.0
         ),
     ]
 
@@ -290,7 +290,7 @@ def _options() -> list[Case]:
     made += [Case("dropout" + on, mask=mask, dropout=0.2) for on, mask in masks.items()]
     made += [
         Case("lse, documents-cross", mask=SQUARE["documents-cross"], options={"return_lse": True}),
-        Case("lse, heads 8:2, length 320x320", heads=(8, 2), lengths=(320, 320), options={"return_lse": True}),
+        Case("lse, heads 8:2, length 320x320", heads=(8, 2), lengths=(320, 320), batch=1, options={"return_lse": True}),
         Case("lse, documents", mask=SQUARE["documents"], options={"return_lse": True}),
         Case("softcap, heads 8:2, alibi", heads=(8, 2), mask=SQUARE["alibi"], options={"softcap": 2.0}),
         Case("sinks, heads 8:2", heads=(8, 2), sinks=True),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 import os
 from collections.abc import Iterable
+from operator import index
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -271,7 +271,7 @@ def _check(
         raise RequestError(f"got q on {q.device}, k on {k.device}, v on {v.device}; takes one device: move two of them")
     if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[3] == k.shape[3] and k.shape[1:3] == v.shape[1:3]):
         raise RequestError(
-            f"got {shapes}; takes the same batch in all, the same head_dim in q and k, the same heads and keys in k and v"
+            f"got {shapes}; takes one batch for all, one head_dim for q and k, the same heads and keys in k and v"
         )
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise RequestError(
@@ -279,8 +279,8 @@ def _check(
         )
     if mask is not None and not isinstance(mask, Mask):
         raise RequestError(
-            f"got a mask of type {type(mask).__name__}; takes a typed mask: headway.masks.from_sdpa(tensor) for PyTorch's"
-            " (True = may), from_key_padding_mask(tensor) for nn.MultiheadAttention's (True = blocked)"
+            f"got a mask of type {type(mask).__name__}; takes a typed mask:"
+            " headway.masks.from_sdpa(tensor) for PyTorch's (True = may), from_key_padding_mask(tensor) for nn.MultiheadAttention's (True = blocked)"
         )
     if not 0 <= dropout < 1:
         raise RequestError(f"got dropout={dropout}; takes a share from 0 to below 1")
@@ -382,19 +382,20 @@ def _traced(
     needs_grad = torch.is_grad_enabled() and (
         (facts is not None and facts.needs_grad) or any(t.requires_grad for t in tensors)
     )
-    # Heads and head sizes are a model's own: operator.index fixes a symbolic one. A length only chooses its class.
+    # Heads and head sizes are a model's own: index() fixes a symbolic one. A length only chooses its class.
+    heads, kv_heads, head_dim, value_dim = (index(n) for n in (q.shape[1], k.shape[1], q.shape[3], v.shape[3]))
     q_len = representative(q.shape[2])
+    kv_len = q_len if q.shape[2] == k.shape[2] else representative(k.shape[2])
     entry = _entry_for(
-        1, operator.index(q.shape[1]), operator.index(k.shape[1]), q_len, q_len if q.shape[2] == k.shape[2] else representative(k.shape[2]),
-        operator.index(q.shape[3]), operator.index(v.shape[3]), str(q.dtype), q.device.type, q.device.index,
+        1, heads, kv_heads, q_len, kv_len, head_dim, value_dim, str(q.dtype), q.device.type, q.device.index,
         None if facts is None else tuple(sorted(facts.kinds)), facts is not None and facts.rows_may_be_empty,
-        facts is not None and facts.needs_grad, _settled(dropout > 0), softcap is not None, sinks is not None, return_lse,
-        _settled(scale is None or 0 < scale < math.inf), needs_grad, _transformed(), is_compiling(),
+        facts is not None and facts.needs_grad, _settled(dropout > 0), softcap is not None, sinks is not None,
+        return_lse, _settled(scale is None or 0 < scale < math.inf), needs_grad, _transformed(), is_compiling(),
         tuple((require,) if isinstance(require, str) else require), backend,
     )  # fmt: skip
     kernel = _KERNELS[entry]
     extras = Extras(
-        1 / math.sqrt(operator.index(q.shape[3])) if scale is None else scale, dropout, softcap, sinks, return_lse, needs_grad,
+        1 / math.sqrt(head_dim) if scale is None else scale, dropout, softcap, sinks, return_lse, needs_grad,
         "deterministic" in require or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -409,7 +410,7 @@ _KERNELS: dict[str, Kernel] = {}
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
 def _entry_for(
     batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, value_dim: int, dtype: str,
-    device: str, index: int | None, kinds: tuple[str, ...] | None, rows_may_be_empty: bool, mask_needs_grad: bool,
+    device: str, device_index: int | None, kinds: tuple[str, ...] | None, rows_may_be_empty: bool, mask_needs_grad: bool,
     dropout: bool, softcap: bool, sinks: bool, returns_lse: bool, plain_scale: bool, needs_grad: bool,
     transformed: bool, compiled: bool, require: tuple[str, ...], backend: str,
 ) -> str:  # fmt: skip
@@ -419,7 +420,7 @@ def _entry_for(
         frozenset(kinds or ()), rows_may_be_empty, mask_needs_grad, dropout, softcap, sinks, returns_lse, plain_scale,
         needs_grad, transformed=transformed, compiled=compiled, require=_contracts(require),
     )  # fmt: skip
-    machine = here(torch.device(device) if index is None else torch.device(device, index))
+    machine = here(torch.device(device) if device_index is None else torch.device(device, device_index))
     chosen = choose(request, machine, _asked(backend)).backend()
     kernel = _KERNELS[chosen.entry] = chosen.load()
     for operator in getattr(kernel, "OPERATORS", ()):

@@ -1,4 +1,4 @@
-"""Runs one backend on a small call and compares it with the reference: `python -m headway.backends.trial flash4`.
+"""Runs one backend on a small call and compares it with the reference: `python -m headway.backends.trial flash4 cuda:0`.
 
 Meant for a child process: a kernel built for another machine may take its process down.
 """
@@ -8,40 +8,57 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch import Tensor
 
 from headway.backends import reference
-from headway.backends.kernel import Extras
-from headway.backends.registry import named
+from headway.backends.kernel import Extras, Kernel
+from headway.backends.registry import Backend, named
 from headway.limits.limit import Backward, DTypes
-from headway.masks import Causal, Frame
+from headway.limits.machine import Machine
+from headway.masks import Causal, Documents, Frame, Mask
+
+LENGTH = 128
 
 
 def trial(name: str, device: str) -> str | None:
     """What is wrong with the backend's answer, or None. Errors of the kernel itself are raised."""
-    backend = named(name, device)
-    kernel = backend.load()
-    dtypes = next((limit.names for limit in backend.limits if isinstance(limit, DTypes)), ("float32",))
-    dtype: torch.dtype = getattr(torch, dtypes[0])
-    learns = all(limit.inputs for limit in backend.limits if isinstance(limit, Backward))
+    machine = _machine(torch.device(device))
+    backend = named(name, machine.device)
+    dtype = _dtype(backend, machine)
+    learns = all(limit.here(machine) for limit in backend.limits if isinstance(limit, Backward))
+    mask = Causal() & Documents([LENGTH]) if backend.masks.needs else Causal()
     generator = torch.Generator().manual_seed(0)
-    made = torch.randn(3, 1, 2, 128, 64, generator=generator).to(device, dtype)
-    q, k, v = (x.clone().requires_grad_(learns) for x in made.unbind())
-    frame = Frame(128, 128, 1, 2, q.device)
-    extras = Extras(scale=0.125, needs_grad=learns)
-    out = kernel.attend(q, k, v, kernel.lower(Causal(), frame, dtype), extras)[0]
-    wide = made.double()
-    truth = reference.attend(wide[0], wide[1], wide[2], reference.lower(Causal(), frame, torch.float64), extras)[0]
-    error = (out.double() - truth).abs().max().item()
-    if not error < (0.05 if backend.exact else 0.2):
-        return f"its answer is off by {error:.3g}"
-    if learns:
-        torch.autograd.backward(out.sum())
-        if not all(x.grad is not None and bool(x.grad.isfinite().all()) for x in (q, k, v)):
-            return "its gradients are not finite"
+    made = torch.randn(4, 1, 2, LENGTH, 64, generator=generator).to(device, dtype)
+    answer = _run(backend.load(), made, mask, learns)
+    truth = _run(reference, made.double() if machine.device != "mps" else made.float(), mask, learns)
+    for what, got, wanted in zip(("answer", "gradient of q", "gradient of k", "gradient of v"), answer, truth, strict=False):
+        error = (got.double() if machine.device != "mps" else got.float()).sub(wanted).abs().max().item()
+        if not error < (0.05 if backend.exact else 0.2):
+            return f"its {what} is off by {error:.3g}"
     return None
 
 
+def _run(kernel: Kernel, made: Tensor, mask: Mask, learns: bool) -> tuple[Tensor, ...]:
+    """The answer, and the gradients of q, k and v if the backend has them."""
+    q, k, v = (x.clone().requires_grad_(learns) for x in made[:3])
+    frame = Frame(LENGTH, LENGTH, 1, 2, q.device)
+    extras = Extras(scale=0.125, needs_grad=learns)
+    out = kernel.attend(q, k, v, kernel.lower(mask, frame, q.dtype), extras)[0]
+    return (out, *torch.autograd.grad(out, (q, k, v), made[3])) if learns else (out,)
+
+
+def _machine(device: torch.device) -> Machine:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
+    return Machine(device.type, capability=capability)
+
+
+def _dtype(backend: Backend, machine: Machine) -> torch.dtype:
+    names = next((limit.here(machine) for limit in backend.limits if isinstance(limit, DTypes)), ("float32",))
+    dtype: torch.dtype = getattr(torch, names[0])
+    return dtype
+
+
 if __name__ == "__main__":
-    wrong = trial(sys.argv[1], "cuda" if torch.cuda.is_available() else "cpu")
+    wrong = trial(*sys.argv[1:])
     if wrong:
         sys.exit(wrong)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.backends.kernel import Attended, Extras, gate_sinks, repeat_kv
+from headway.backends.kernel import Attended, Extras, repeat_kv
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
 from headway.masks.xformers_bias import to_xformers
@@ -25,13 +25,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, extras: Extras) -> Attend
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, fmha.attn_bias.BlockDiagonalMask):
         q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
-    if extras.lse or extras.sinks is not None:
-        out, lse = fmha.memory_efficient_attention_forward_requires_grad(
-            q, k, v, attn_bias=mask, p=extras.dropout, scale=extras.scale
-        )
-        lse = lse[..., : q.shape[1]]
-        lse = lse.reshape(lse.shape[1], batch, length).transpose(0, 1) if lse.shape[0] != batch else lse
-        out = out.reshape(batch, length, *out.shape[2:]).transpose(1, 2)
-        return gate_sinks(out, lse, extras.sinks)
     out = fmha.memory_efficient_attention(q, k, v, attn_bias=mask, p=extras.dropout, scale=extras.scale)
     return out.reshape(batch, length, *out.shape[2:]).transpose(1, 2), None

@@ -8,6 +8,7 @@ import math
 from headway.backends.registry import Backend, candidates, named
 from headway.choice.quarantine import quarantined
 from headway.choice.timings import measured
+from headway.choice.words import in_words
 from headway.errors import NoBackendError
 from headway.limits.limit import Refusal
 from headway.limits.machine import Machine
@@ -26,65 +27,58 @@ class Decision:
 
     request: Request
     machine: Machine
+    asked: str
+    """'auto', or the backend asked for by name."""
     chosen: Backend | None
     why: str
     accepted: tuple[str, ...]
     """Backends that take the request, best first."""
     refusals: tuple[tuple[str, tuple[Refusal, ...]], ...]
+    """Every backend that is not accepted, with all that it has against the request."""
 
     def __str__(self) -> str:
         head = f"{self.chosen.name}: {self.why}" if self.chosen else f"no backend: {self.why}"
-        others = [name for name in self.accepted if self.chosen is None or name != self.chosen.name]
-        lines = [head, f"  asked    {self.request}", f"  machine  {self.machine}"]
-        if others:
-            lines.append(f"  also     {', '.join(others)}")
-        return "\n".join((*lines, *self._why_not()))
+        return "\n".join((head, *self._lines()))
 
-    def _why_not(self) -> list[str]:
-        """Refusals, one a line; a fact about the machine is said once, for all it stops."""
-        everywhere: dict[str, list[str]] = {}
-        for name, refusals in self.refusals:
-            for refusal in refusals:
-                if refusal.machine_wide:
-                    everywhere.setdefault(str(refusal), []).append(name)
-        width = max((len(name) for name, _ in self.refusals), default=0)
-        lines = [f"  {', '.join(names)}: {text}" for text, names in everywhere.items()]
-        for name, refusals in self.refusals:
-            lines += [f"  {name:<{width}}  {refusal}" for refusal in refusals if not refusal.machine_wide]
-        return lines
+    def _lines(self) -> list[str]:
+        facts = [("asked", str(self.request)), ("machine", str(self.machine))]
+        if self.chosen is None:
+            # Who asks by name wants to know about that name, and what would do instead.
+            refused = [pair for pair in self.refusals if self.asked in ("auto", pair[0])]
+            return in_words(facts, refused, instead=self.accepted)
+        others = [name for name in self.accepted if name != self.chosen.name]
+        facts += [("also", ", ".join(others))] if others else []
+        return in_words(facts, self.refusals)
 
     def backend(self) -> Backend:
         """The chosen backend, or NoBackendError with every reason and remedy."""
         if self.chosen is None:
-            raise NoBackendError(str(self).replace("no backend:", "no backend can run this attention call:", 1))
+            first = f"no backend can run this attention call: {self.why}"
+            raise NoBackendError("\n".join((first, *self._lines())))
         return self.chosen
 
 
 def choose(request: Request, machine: Machine, backend: str = "auto") -> Decision:
     """Decide by name, or for the fastest exact backend that takes the request."""
-    if backend != "auto":
-        asked = named(backend, machine.device)
-        refusals = why_not(asked, request, machine)
-        why = "asked for by name" if not refusals else f"{backend} was asked for by name and does not take it"
-        if refusals:
-            return Decision(request, machine, None, why, (), ((asked.name, refusals),))
-        return Decision(request, machine, asked, why, (backend,), ())
     accepted: list[Backend] = []
     refused: list[tuple[str, tuple[Refusal, ...]]] = []
     for one in candidates(machine.device):
-        refusals = why_not(one, request, machine)
+        refusals = why_not(one, request, machine, by_name=one.name == backend)
         if refusals:
             refused.append((one.name, refusals))
-        elif one.exact:
-            accepted.append(one)
         else:
-            refused.append((one.name, (_APPROXIMATE,)))
+            accepted.append(one)
     times = measured(request, machine)
     accepted.sort(key=lambda one: (times.get(one.name, math.inf), _wasteful(one, request, machine)))
     names = tuple(one.name for one in accepted)
-    if not accepted:
-        return Decision(request, machine, None, "every one refuses", names, tuple(refused))
-    return Decision(request, machine, accepted[0], _why(accepted[0], request, machine, times), names, tuple(refused))
+    if backend == "auto":
+        chosen = accepted[0] if accepted else None
+        why = _why(chosen, request, machine, times) if chosen else "every one refuses"
+    else:
+        asked = named(backend, machine.device)
+        chosen = asked if asked.name in names else None
+        why = "asked for by name" if chosen else f"{backend} was asked for by name and does not take it"
+    return Decision(request, machine, backend, chosen, why, names, tuple(refused))
 
 
 _APPROXIMATE = Refusal(
@@ -92,11 +86,12 @@ _APPROXIMATE = Refusal(
 )
 
 
-def why_not(backend: Backend, request: Request, machine: Machine) -> tuple[Refusal, ...]:
+def why_not(backend: Backend, request: Request, machine: Machine, by_name: bool = True) -> tuple[Refusal, ...]:
     """All of a backend's refusals."""
-    found = [refusal for limit in backend.all_limits if (refusal := limit.refuses(request, machine))]
-    if not found:
-        found = [refusal for entry in quarantined(backend.name) if (refusal := entry.refuses(request, machine))]
+    found = [refusal for limit in backend.all_limits for refusal in limit.refusals(request, machine)]
+    found += [refusal for entry in quarantined(backend.name) for refusal in entry.refusals(request, machine)]
+    if not (backend.exact or by_name):
+        found.append(_APPROXIMATE)
     return tuple(found)
 
 

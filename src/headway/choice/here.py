@@ -6,18 +6,15 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
-import os
+import platform
 import shutil
-import subprocess
-import sys
-from pathlib import Path
-from typing import TypedDict, cast
 
-import platformdirs
 import torch
 
 from headway.backends.registry import BACKENDS
+from headway.choice import child
+from headway.choice.memory import recall, remember
+from headway.choice.quarantine import QUARANTINE
 from headway.limits.machine import Machine, Package
 
 ATEN = (
@@ -28,7 +25,7 @@ ATEN = (
     "_scaled_dot_product_cudnn_attention",
 )
 
-TRIAL_SECONDS = 300
+TRIAL_SECONDS = 300.0
 
 
 def here(device: torch.device) -> Machine:
@@ -43,8 +40,12 @@ def here(device: torch.device) -> Machine:
 @functools.cache
 def _here(kind: str, index: int | None) -> Machine:
     machine = bare(kind, index)
-    packages = tuple((name, tried(name, version, machine)) for name, version in installed().items())
-    return dataclasses.replace(machine, packages=packages, acquitted=frozenset(_memory(machine)["acquitted"]))
+    device = kind if index is None else f"{kind}:{index}"
+    packages = tuple((name, tried(name, version, machine, device)) for name, version in installed().items())
+    return dataclasses.replace(machine, packages=packages, acquitted=acquitted(machine))
+
+
+# -- the device and its software --------------------------------------------------------------------------------------
 
 
 def bare(kind: str, index: int | None = None) -> Machine:
@@ -56,26 +57,23 @@ def bare(kind: str, index: int | None = None) -> Machine:
         name = properties.name
         if torch.version.hip is not None:
             device = "rocm"
+            versions["rocm"] = torch.version.hip
         else:
             capability = (properties.major, properties.minor)
-            versions["cuda"] = torch.version.cuda or ""
-            cudnn = torch.backends.cudnn.version() or 0
-            versions["cudnn"] = f"{cudnn // 10000}.{cudnn % 10000 // 100}.{cudnn % 100}"
+            versions |= _cuda_versions()
+    if kind == "mps":
+        versions["macos"] = platform.mac_ver()[0]
     return Machine(device, name, capability, features(kind), versions=tuple(versions.items()))
 
 
-def installed() -> dict[str, str]:
-    """Kernel distributions that are installed, whether or not they run, with their versions.
-
-    By distribution and not by import name: two of them share the import name flash_attn.
-    """
-    found = {}
-    for name in dict.fromkeys(backend.package for backend in BACKENDS if backend.package):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _cuda_versions() -> dict[str, str]:
+    cudnn = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch has no types here
+    driver = torch._C._cuda_getDriverVersion()
+    return {
+        "cuda": torch.version.cuda or "",
+        "cudnn": f"{cudnn // 10000}.{cudnn % 10000 // 100}.{cudnn % 100}",
+        "driver": f"{driver // 1000}.{driver % 1000 // 10}",
+    }
 
 
 def features(kind: str) -> frozenset[str]:
@@ -97,65 +95,58 @@ def features(kind: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def tried(distribution: str, version: str, machine: Machine) -> Package:
+# -- kernel packages --------------------------------------------------------------------------------------------------
+
+
+def installed() -> dict[str, str]:
+    """Kernel distributions that are installed, whether or not they run, with their versions.
+
+    By distribution and not by import name: two of them share the import name flash_attn.
+    """
+    found = {}
+    for name in dict.fromkeys(backend.package for backend in BACKENDS if backend.package):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def tried(distribution: str, version: str, machine: Machine, device: str) -> Package:
     """Whether a package runs here: remembered on disk, as trying takes seconds and its answer lasts."""
     if machine.device not in ("cuda", "rocm"):
-        return Package(version)  # its backends refuse this device, so there is nothing to try
-    memory = _memory(machine)
-    key = f"{distribution} {version}"
-    if key not in memory["broken"]:
-        memory["broken"][key] = _try_in_child(distribution)
-        _remember(machine, memory)
-    return Package(version, broken=memory["broken"][key])
+        return Package(version, tried=False)  # its backends refuse this device, so there is nothing to try
+    known, broken = recall(machine, f"{distribution} {version}")
+    if not known:
+        (name,) = (backend.name for backend in BACKENDS if backend.package == distribution)
+        broken = trial(name, machine, device)
+    return Package(version, broken=broken)
 
 
-def _try_in_child(distribution: str) -> str | None:
-    """None if the package's backend computes attention, else what went wrong. A child, as it may crash."""
-    (name,) = (backend.name for backend in BACKENDS if backend.package == distribution)
-    command = [sys.executable, "-m", "headway.backends.trial", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return f"no answer within {TRIAL_SECONDS} s"
-    if done.returncode == 0:
-        return None
-    if done.returncode < 0:
-        return f"crashed with signal {-done.returncode}"
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+def trial(backend: str, machine: Machine, device: str) -> str | None:
+    """Run a backend once, in a child process, whatever was known before: None if it computes attention, else why not."""
+    outcome = child.run("headway.backends.trial", backend, device, seconds=TRIAL_SECONDS)
+    package = next((one.package for one in BACKENDS if one.name == backend and one.package), None)
+    version = package and installed().get(package)
+    if version and outcome.lasting:
+        remember(machine, f"{package} {version}", outcome.broken)
+    return outcome.broken
 
 
-def acquit(machine: Machine, names: frozenset[str]) -> None:
-    """Remember that these quarantined defects were looked for and not found here."""
-    memory = _memory(machine)
-    memory["acquitted"] = sorted({*memory["acquitted"], *names})
-    _remember(machine, memory)
+# -- quarantine -------------------------------------------------------------------------------------------------------
+
+PROBE_SECONDS = 600.0
+FOUND = "the defect is here"
+
+
+def acquitted(machine: Machine) -> frozenset[str]:
+    """Quarantined defects that were looked for on this machine and not found."""
+    return frozenset(entry.name for entry in QUARANTINE if recall(machine, f"probe {entry.name}") == (True, None))
+
+
+def probe(name: str, machine: Machine, device: str) -> str | None:
+    """Look for a quarantined defect in a child process: None if it is not here and calls may run again, else why not."""
+    outcome = child.run("headway.choice.probes", name, device, seconds=PROBE_SECONDS)
+    remember(machine, f"probe {name}", outcome.broken)
     _here.cache_clear()
-
-
-class Memory(TypedDict):
-    """What trials on this machine, with these versions, have shown."""
-
-    broken: dict[str, str | None]
-    """By package and version: None if it runs, else why not."""
-    acquitted: list[str]
-
-
-def _memory_file(machine: Machine) -> Path:
-    words = [machine.name, *(version for _, version in machine.versions)]
-    slug = "".join(c if c.isalnum() or c in ".+-" else "-" for c in "_".join(words))
-    return platformdirs.user_cache_path("headway") / f"{slug}.json"
-
-
-def _memory(machine: Machine) -> Memory:
-    file = _memory_file(machine)
-    if not file.exists():
-        return Memory(broken={}, acquitted=[])
-    return cast(Memory, json.loads(file.read_text()))
-
-
-def _remember(machine: Machine, memory: Memory) -> None:
-    file = _memory_file(machine)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(memory, indent=1))
-    scratch.replace(file)  # whole or not at all, for processes beside this one
+    return outcome.broken

@@ -1,12 +1,19 @@
-"""Limits: each says one thing a backend takes, and refuses the rest as got / takes / remedy."""
+"""Limits: each says one thing a backend takes, and refuses the rest as got / takes / remedy.
+
+A remedy is something to do to the very call that was refused, with its own numbers; where no change to the call
+keeps its answer, the remedy is another backend, and the decision names those that take the call.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
-from headway.limits.machine import Machine
+from headway.limits.machine import Machine, dotted
 from headway.limits.request import Request, mask_words
+
+ANOTHER = "choose another backend"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +44,8 @@ class Limit(Protocol):
     def takes(self) -> str:
         """The limit in words, as the support table prints it."""
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        """The refusal, or None if this limit has nothing against the request."""
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        """All that this limit has against the request."""
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
@@ -53,14 +60,12 @@ class Devices:
 
     @property
     def takes(self) -> str:
-        return ", ".join(self.kinds)
+        return " or ".join(self.kinds)
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        if machine.device in self.kinds:
-            return None
-        return Refusal(
-            f"{machine.device} tensors", self.takes, f"move q, k and v to {self.kinds[0]}", machine_wide=True
-        )
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        if machine.device not in self.kinds:
+            remedy = f"move q, k and v to {self.kinds[0]}"
+            yield Refusal(f"{machine.device} tensors", self.takes, remedy, machine_wide=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +78,20 @@ class Capability:
 
     @property
     def takes(self) -> str:
-        low = f"cuda {self.at_least[0]}.{self.at_least[1]}"
-        return f"{low} or newer" if self.below is None else f"{low} to before {self.below[0]}.{self.below[1]}"
+        low = f"cuda {dotted(self.at_least)}"
+        return f"{low} or newer" if self.below is None else f"{low} to before {dotted(self.below)}"
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
         got = machine.capability
-        if got is None or (got >= self.at_least and (self.below is None or got < self.below)):
-            return None
-        word = "an older" if got < self.at_least else "a newer"
-        return Refusal(f"cuda {got[0]}.{got[1]}", self.takes, f"use {word} kernel", machine_wide=True)
+        if got is None or within(got, self.at_least, self.below):
+            return
+        remedy = f"choose a backend for {'older' if got < self.at_least else 'newer'} GPUs"
+        yield Refusal(machine.kind, self.takes, remedy, machine_wide=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """Something this build of torch must have."""
+    """Something this build of torch, or the machine around it, must have."""
 
     name: str
     remedy: str
@@ -95,13 +100,20 @@ class Feature:
 
     @property
     def takes(self) -> str:
-        return f"a torch with {self.name.lstrip('_')}" + (f" on {self.only_on}" if self.only_on else "")
+        return _feature(self.name) + (f" on {self.only_on}" if self.only_on else "")
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        if self.name in machine.features or (self.only_on is not None and machine.device != self.only_on):
-            return None
-        version = dict(machine.versions).get("torch", "this torch")
-        return Refusal(f"torch {version} without it", self.takes, self.remedy, machine_wide=True)
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        if self.name not in machine.features and self.only_on in (None, machine.device):
+            where = "this machine" if self.name in _TOOLS else f"torch {machine.version('torch') or ''}".rstrip()
+            yield Refusal(f"{where} without it", _feature(self.name), self.remedy, machine_wide=True)
+
+
+_TOOLS = {"triton": "triton", "c++": "a C++ compiler"}
+_PARTS = {"flex": "flex attention", "varlen": "varlen attention"}
+
+
+def _feature(name: str) -> str:
+    return _TOOLS.get(name) or f"a torch with {_PARTS.get(name, name.lstrip('_'))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,24 +127,24 @@ class NeedsPackage:
     def takes(self) -> str:
         return f"the package {self.distribution}"
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
         package = machine.package(self.distribution)
-        if package.runs:
-            return None
         if package.version is None:
-            return Refusal("no such package", self.takes, f"pip install {self.distribution}", machine_wide=True)
-        got = f"{self.distribution} {package.version}, which does not run: {package.broken}"
-        return Refusal(
-            got, "one that runs", f"reinstall {self.distribution} for this torch and CUDA", machine_wide=True
-        )
+            yield Refusal("no such package", self.takes, f"pip install {self.distribution}", machine_wide=True)
+        elif package.broken is not None:
+            got = f"{self.distribution} {package.version}, which does not run: {package.broken}"
+            remedy = f"reinstall {self.distribution} for this torch and CUDA, then run `headway doctor`"
+            yield Refusal(got, "one that runs", remedy, machine_wide=True)
 
 
 # -- shapes and types -----------------------------------------------------------------------------------------------
 
+BFLOAT16_SINCE = (8, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class DTypes:
-    """Number formats of q, k and v."""
+    """Number formats of q, k and v, the narrowest first."""
 
     names: tuple[str, ...]
     topic = "dtypes"
@@ -141,10 +153,18 @@ class DTypes:
     def takes(self) -> str:
         return " or ".join(self.names)
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        if request.dtype in self.names:
-            return None
-        return Refusal(request.dtype, self.takes, f"cast q, k and v to {self.names[-1]}")
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        here = self.here(machine)
+        if request.dtype in here:
+            return
+        takes = " or ".join(here) + (f" on {machine.kind}" if here != self.names else "")
+        yield Refusal(request.dtype, takes, f"cast q, k and v to {here[-1]}, and the result back")
+
+    def here(self, machine: Machine) -> tuple[str, ...]:
+        """Without bfloat16 on NVIDIA's GPUs that cannot compute in it; no kernel here emulates it."""
+        if machine.capability is None or machine.capability >= BFLOAT16_SINCE:
+            return self.names
+        return tuple(name for name in self.names if name != "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,39 +184,105 @@ class HeadDim:
         high = f" up to {self.at_most}" if self.at_most is not None else ""
         return sizes + low + high + ("" if self.values_differ else ", the same for values")
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
         sizes = (request.head_dim, request.value_dim)
-        if not self.values_differ and sizes[0] != sizes[1]:
-            smaller = "v" if sizes[1] < sizes[0] else "q and k"
-            remedy = f"pad {smaller} to {max(sizes)}, keep the scale, cut the result to {sizes[1]}"
-            return Refusal(f"head_dim {sizes[0]} with values of {sizes[1]}", self.takes, remedy)
-        for size in sizes:
-            if (
-                size % self.multiple_of == 0
-                and self.at_least <= size
-                and (self.at_most is None or size <= self.at_most)
-            ):
-                continue
-            padded = max(-(-size // self.multiple_of) * self.multiple_of, self.at_least)
-            fits = self.at_most is None or padded <= self.at_most
-            remedy = f"pad to {padded}, keep the scale" if fits else "choose a backend for large heads"
-            return Refusal(f"head_dim {size}", self.takes, remedy)
-        return None
+        wanted = (self._padded(sizes[0]), self._padded(sizes[1]))
+        if not self.values_differ:
+            wanted = (max(wanted), max(wanted))
+        if sizes != wanted or any(not self._fits(size) for size in sizes):
+            got = f"head_dim {sizes[0]}" + (f" with values of {sizes[1]}" if sizes[0] != sizes[1] else "")
+            remedy = pad_heads(request, wanted) if all(map(self._fits, wanted)) else ANOTHER
+            yield Refusal(got, self.takes, remedy)
+
+    def _fits(self, size: int) -> bool:
+        return self.at_most is None or size <= self.at_most
+
+    def _padded(self, size: int) -> int:
+        """The smallest size not below this one that is neither odd nor too small."""
+        return -(-max(size, self.at_least) // self.multiple_of) * self.multiple_of
+
+
+def pad_heads(request: Request, wanted: tuple[int, int]) -> str:
+    """How to give q and k, and v, heads of the wanted sizes without changing the answer.
+
+    >>> pad_heads(Request(head_dim=76, value_dim=76), (80, 80))
+    'pad q, k and v to 80, keep the scale (76**-0.5 by default), cut the result to 76'
+    >>> pad_heads(Request(head_dim=64, value_dim=20), (64, 24))
+    'pad v to 24, cut the result to 20'
+    """
+    steps = []
+    longer = [name for name, size, to in _sizes(request, wanted) if size != to]
+    if longer == ["q and k", "v"] and wanted[0] == wanted[1]:
+        steps.append(f"pad q, k and v to {wanted[0]}")
+    else:
+        steps += [f"pad {name} to {to}" for name, size, to in _sizes(request, wanted) if size != to]
+    if "q and k" in longer:
+        steps.append(f"keep the scale ({request.head_dim}**-0.5 by default)")
+    if "v" in longer:
+        steps.append(f"cut the result to {request.value_dim}")
+    return ", ".join(steps)
+
+
+def _sizes(request: Request, wanted: tuple[int, int]) -> tuple[tuple[str, int, int], ...]:
+    return ("q and k", request.head_dim, wanted[0]), ("v", request.value_dim, wanted[1])
 
 
 @dataclasses.dataclass(frozen=True)
-class EqualHeads:
-    """The kernel cannot let several query heads share one key head."""
+class LargeHeads:
+    """Heads over a size that only some of NVIDIA's GPUs have the memory for."""
 
-    topic = "gqa"
-    takes = "as many key heads as query heads"
+    over: int
+    at_least: tuple[int, int]
+    below: tuple[int, int]
+    topic = "head_dim"
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        if request.heads == request.kv_heads:
-            return None
-        ratio = request.heads // request.kv_heads
-        remedy = f"repeat k and v: k.repeat_interleave({ratio}, dim=1)"
-        return Refusal(f"heads {request.heads}:{request.kv_heads}", self.takes, remedy)
+    @property
+    def takes(self) -> str:
+        return f"over {self.over} on cuda {dotted(self.at_least)} to before {dotted(self.below)}"
+
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        size = max(request.head_dim, request.value_dim)
+        if size <= self.over or machine.capability is None or within(machine.capability, self.at_least, self.below):
+            return
+        yield Refusal(f"head_dim {size} on {machine.kind}", f"up to {self.over} there", ANOTHER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flash2Training:
+    """FlashAttention 2's backward pass keeps more in shared memory than GPUs for desks and edges have."""
+
+    topic = "head_dim"
+    takes = "193 to 224 (to 256 with dropout) for gradients not on cuda 8.6 to 8.9 and 12"
+
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        got = machine.capability
+        small = got is not None and (within(got, (8, 6), (9, 0)) or within(got, (12, 0), (13, 0)))
+        most = 256 if request.dropout else 224
+        if not (small and request.needs_grad and 192 < request.head_dim <= most):
+            return
+        if request.dropout:
+            dropped = f"head_dim {request.head_dim} with gradients and dropout on {machine.kind}"
+            yield Refusal(dropped, "up to 192 there", ANOTHER)
+        else:
+            size = f"head_dim {request.head_dim} with gradients on {machine.kind}"
+            yield Refusal(size, "up to 192, or 225 to 256, there", pad_heads(request, (232, 232)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Kernels that lay the batch along an axis of the GPU's grid that ends at 65,535."""
+
+    at_most: int = 65535
+    topic = "batch"
+
+    @property
+    def takes(self) -> str:
+        return f"up to {self.at_most}"
+
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        if request.batch > self.at_most:
+            parts = -(-request.batch // self.at_most)
+            yield Refusal(f"batch {request.batch}", self.takes, f"split the batch in {parts} and join the results")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +292,9 @@ class NotOneByOne:
     topic = "lengths"
     takes = "more than one query or key"
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        if (request.q_len, request.kv_len) != (1, 1):
-            return None
-        return Refusal("1 query and 1 key", self.takes, "use another backend; the answer is v")
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        if (request.q_len, request.kv_len) == (1, 1):
+            yield Refusal("1 query and 1 key", self.takes, ANOTHER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,10 +304,10 @@ class PlainScale:
     topic = "scale"
     takes = "a positive, finite scale"
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        if request.plain_scale:
-            return None
-        return Refusal("a scale that is not", self.takes, "multiply q by it and pass scale=1.0")
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        if not request.plain_scale:
+            got = "a scale of 0 or less, or not finite"
+            yield Refusal(got, self.takes, "multiply q by the scale and pass scale=1.0")
 
 
 # -- masks ----------------------------------------------------------------------------------------------------------
@@ -249,28 +334,17 @@ class Masks:
             return False
         return not kinds or any(kinds <= known for known in self.native)
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
         if self.dense or self.is_native(request.mask):
-            return None
-        return Refusal(
-            f"mask {mask_words(request.mask)}", self.takes, "choose a backend that takes dense masks, or flex"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class NoEmptyRows:
-    """The kernel's answer for a query that sees nothing is not zero."""
-
-    topic = "empty rows"
-    takes = "masks in which each query surely sees a key"
-
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        if not request.rows_may_be_empty:
-            return None
-        return Refusal("rows that may see nothing", self.takes, "let each query see one key, then zero those rows")
+            return
+        held = request.mask & {"dense", "bias"}
+        remedy = f"give its tensor to headway.recognise, which may find a typed mask in it, or {ANOTHER}"
+        yield Refusal(f"mask {mask_words(request.mask)}", self.takes, remedy if held else ANOTHER)
 
 
 # -- options and gradients ------------------------------------------------------------------------------------------
+
+NO_GRAD = "wrap the call in torch.no_grad() if no gradient is wanted"
 
 Support = Literal["no", "forward", "yes"]
 """'forward' is: as long as no gradient has to flow through it."""
@@ -296,21 +370,24 @@ class Options:
                 words.append(word if support == "yes" else f"{word} without gradients")
         return ", ".join(words) or "none"
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        takes = "no options" if self.takes == "none" else f"only {self.takes}"
         if request.dropout and not self.dropout:
-            return Refusal("dropout", self.takes, "pass dropout=0.0, or choose a backend that drops")
+            yield Refusal("dropout", takes, f"pass dropout=0.0 if none is wanted, as in evaluation, or {ANOTHER}")
         if request.softcap and not self.softcap:
-            return Refusal("softcap", self.takes, "choose flex, flash2, flash3, flash4 or reference")
+            yield Refusal("softcap", takes, ANOTHER)
         for word, asked in (("sinks", request.sinks), ("lse", request.returns_lse)):
             support: Support = getattr(self, word)
-            if asked and (support == "no" or (support == "forward" and request.needs_grad)):
-                got = f"{word} with gradients" if support == "forward" else word
-                return Refusal(got, self.takes, "choose flex or reference")
-        if request.returns_lse and request.rows_may_be_empty and not self.lse_of_empty_rows:
-            return Refusal(
-                "lse of rows that may see nothing", "lse where each query sees a key", "choose flex or reference"
-            )
-        return None
+            if asked and support == "no":
+                yield Refusal(word, takes, ANOTHER)
+            elif asked and support == "forward" and request.needs_grad:
+                yield Refusal(f"{word} with gradients", takes, NO_GRAD)
+        if self._misses_empty_rows(request):
+            yield Refusal("lse of rows that may see nothing", "lse where each query surely sees a key", ANOTHER)
+
+    def _misses_empty_rows(self, request: Request) -> bool:
+        told = self.lse != "no" and request.returns_lse
+        return told and request.rows_may_be_empty and not self.lse_of_empty_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,16 +403,19 @@ class Backward:
     def takes(self) -> str:
         if not self.inputs:
             return "calls without gradients"
-        where = f" on {', '.join(self.only_on)}" if self.only_on else ""
+        where = f" on {' or '.join(self.only_on)}" if self.only_on else ""
         return ("gradients of q, k, v and bias" if self.mask else "gradients of q, k and v") + where
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
-        here = self.inputs and (self.only_on is None or machine.device in self.only_on)
-        if request.needs_grad and not here:
-            return Refusal("gradients on", self.takes, "wrap the call in torch.no_grad() if none are wanted")
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        if request.needs_grad and not self.here(machine):
+            yield Refusal("gradients on", self.takes, NO_GRAD)
         if request.mask_needs_grad and not self.mask:
-            return Refusal("a mask with gradient", self.takes, "detach the bias, or choose flex or reference")
-        return None
+            remedy = f"detach the mask's tensor if its gradient is not wanted, or {ANOTHER}"
+            yield Refusal("a mask with gradient", self.takes, remedy)
+
+    def here(self, machine: Machine) -> bool:
+        """Whether there is a backward pass on that machine's device."""
+        return self.inputs and (self.only_on is None or machine.device in self.only_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,12 +431,13 @@ class Transforms:
         words = ["eager calls", *(["torch.compile"] if self.compile else []), *(["torch.func"] if self.func else [])]
         return ", ".join(words)
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
         if request.transformed and not self.func:
-            return Refusal("a torch.func transform", self.takes, "fold the mapped axis into the batch")
+            remedy = "fold vmap's axis into the batch, and take gradients by torch.autograd"
+            yield Refusal("a torch.func transform", self.takes, remedy)
         if request.compiled and not self.compile:
-            return Refusal("a call inside torch.compile", self.takes, "call it outside the compiled region")
-        return None
+            remedy = "keep the call out of the graph by torch.compiler.disable"
+            yield Refusal("a call inside torch.compile", self.takes, remedy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,12 +451,19 @@ class Contracts:
     def takes(self) -> str:
         return ", ".join(sorted(self.keeps)) or "none"
 
-    def refuses(self, request: Request, machine: Machine) -> Refusal | None:
+    def refusals(self, request: Request, machine: Machine) -> Iterator[Refusal]:
+        takes = f"only {self.takes}" if self.keeps else "no contracts"
         for word in sorted(request.require - self.keeps):
-            if word == "deterministic" and not request.needs_grad:
-                continue  # what varies from run to run is the order of sums in a backward pass
-            remedy = f"drop require={word!r}, or choose reference"
-            return Refusal(f"require {word}", f"require {self.takes}", remedy)
+            # What varies from run to run is the order of sums in a backward pass.
+            if word != "deterministic" or request.needs_grad:
+                yield Refusal(f"require {word}", takes, f"drop {word!r} from require if it may be broken, or {ANOTHER}")
+        if machine.deterministic and request.needs_grad and not {"deterministic"} & (self.keeps | request.require):
+            off = f"call torch.use_deterministic_algorithms(False) if runs may differ, or {ANOTHER}"
+            yield Refusal("torch.use_deterministic_algorithms(True)", takes, off)
         if "float32" in request.require and request.dtype not in ("float32", "float64"):
-            return Refusal(f"require float32 with {request.dtype}", "float32 or float64", "cast q, k and v to float32")
-        return None
+            cast = "cast q, k and v to float32, and the result back"
+            yield Refusal(f"require float32 with {request.dtype}", "float32 or float64", cast)
+
+
+def within(capability: tuple[int, int], at_least: tuple[int, int], below: tuple[int, int] | None) -> bool:
+    return at_least <= capability and (below is None or capability < below)

@@ -26,6 +26,12 @@ def representative(length: int) -> int:
     return 1 << 24
 
 
+def _batch_class(batch: int) -> int:
+    """The next power of two, but 65,535 for what fits a GPU's grid, which ends there."""
+    rounded = 1 << max(batch - 1, 0).bit_length()
+    return 65535 if rounded == 65536 and batch < 65536 else rounded
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One call, without its tensors.
@@ -63,10 +69,13 @@ class Request:
     require: frozenset[str] = frozenset()
 
     def rounded(self) -> Request:
-        """This request with lengths and batch of its class, so that few decisions serve many shapes."""
+        """This request with lengths and batch of its class, so that few decisions serve many shapes.
+
+        Rounded up, so that a limit on size which passes the class passes every request in it.
+        """
         q_len = representative(self.q_len)
         kv_len = q_len if self.q_len == self.kv_len else representative(self.kv_len)
-        return dataclasses.replace(self, batch=1, q_len=q_len, kv_len=kv_len)
+        return dataclasses.replace(self, batch=_batch_class(self.batch), q_len=q_len, kv_len=kv_len)
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}:{self.kv_heads}"

@@ -30,7 +30,7 @@ class Band:
         return keep
 
     def _bound(self, frame: Frame, size: int | None, sign: int) -> Tensor | int | None:
-        """The bound on k - q: data, so that its value is no part of a compiled program; 0 is common enough to be one."""
+        """The bound on k - q, as data: no other value is another compiled program, but for 0, which is very common."""
         if size is None:
             return None
         bound = self.offset + sign * size

@@ -23,7 +23,9 @@ def block_mask(mask: Mask, frame: Frame) -> BlockMask:
     blocks = mask.blocks(frame, tiles)
     if blocks is None:
         blocks = _evaluated(mask.to_bool(frame))
-    some, every = torch.broadcast_tensors(*(_four(t) for t in (blocks.some, blocks.every)))
+    # A tile that hangs over the edge is never full: kernels check bounds only where they check the rule.
+    inside = (tiles.q_first + TILE <= frame.q_len) & (tiles.k_first + TILE <= frame.kv_len)
+    some, every = torch.broadcast_tensors(_four(blocks.some), _four(blocks.every & inside))
     return _from_tiles(some & ~every, every, rule, frame)
 
 
@@ -89,4 +91,6 @@ def _lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
     width = tiles.shape[-1]
     index = torch.arange(width, device=tiles.device, dtype=torch.int32)
     order = torch.where(tiles, index, index + width).sort(dim=-1).values
-    return tiles.sum(dim=-1, dtype=torch.int32), torch.where(order < width, order, order - width)
+    indices = torch.where(order < width, order, order - width)
+    # Kernels walk these lists with strides of their own: of a transposed view they would read another row.
+    return tiles.sum(dim=-1, dtype=torch.int32).contiguous(), indices.contiguous()

@@ -93,7 +93,7 @@ class Padding(Mask):
         assert self.real is not None
         # Real keys up to each position: a tile's count is a difference of two of these.
         before = torch.nn.functional.pad(self.real.to(frame.device).cumsum(1), (1, 0))
-        count = (before[:, tiles.k_last + 1] - before[:, tiles.k_first])[:, None]
+        count = (before[:, tiles.k_last + 1] - before[:, tiles.k_first])[:, None, None]
         width = tiles.k_last - tiles.k_first + 1
         return Blocks(some=(count > 0) & (every_row == 0), every=(count == width) & (every_row == 0))
 

@@ -25,7 +25,8 @@ def to_xformers(mask: Mask, frame: Frame, dtype: torch.dtype) -> Any:
         return None
     if kinds <= {"causal", "causal-upper-left"}:
         return attn_bias.LowerTriangularMask()
-    if kinds == {"causal-lower-right"}:
+    # With more queries than keys the first rows see nothing, which its class gets wrong and a tensor gets right.
+    if kinds == {"causal-lower-right"} and frame.q_len <= frame.kv_len:
         return attn_bias.LowerTriangularFromBottomRightMask()
     if parts.documents is not None and kinds <= {"documents", "documents-cross", "causal"}:
         packed = (parts.documents.queries, parts.documents.keys)
