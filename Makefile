@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 REPORT ?= headway-demo.html
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test lint fuzz clean
 help:
@@ -14,13 +15,18 @@ help:
 	@echo "make clean  remove the environment and caches"
 
 # torch first and alone: a later install that merely admits it must not pull another build.
-$(BIN)/.installed: pyproject.toml constraints.txt
+$(BIN)/.runs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[test,lint]"
+	$(BIN)/pip install -q -c constraints.txt -e .
 	@touch $@
 
-demo: $(BIN)/.installed
+$(BIN)/.installed: $(BIN)/.runs
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# What a user gets: no test or lint package helps it along, unless one is there already.
+demo: $(BIN)/.runs
 	$(BIN)/headway demo --report $(REPORT)
 
 test: $(BIN)/.installed

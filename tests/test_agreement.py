@@ -47,7 +47,7 @@ COMPILED = words(
     mask bias-learnt; mask bias-learnt-over-keys; mask bias-learnt-blocks; mask bias & bias; mask alibi & causal
     mask predicate-captures; mask ~(window & documents); mask (window | prefix) & padding; mask nothing
     softcap, causal; softcap, heads 8:2, alibi; scale negative, causal; sinks, causal; sinks, lse, padding-all
-    lse, padding-all; lse, heads 8:2, length 320x320
+    lse, padding-all; lse, heads 8:2; lse, length 320x320
     """
 )
 """Cases for which flex attention is really compiled, on CUDA, forward and backward: each takes seconds."""

@@ -23,12 +23,12 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> tuple[Tensor |
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor | None, Tensor | None], extras: Extras) -> Attended:
     keep, bias = mask
-    k, v = repeat_kv(q, k, v)
+    dtype = q.dtype
+    # Scores and weights in float32 at least, as in every kernel.
+    q, k, v = (x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in (q, *repeat_kv(q, k, v)))
     scores = (q * extras.scale) @ k.transpose(-1, -2)
     if extras.softcap is not None:
         scores = extras.softcap * torch.tanh(scores / extras.softcap)
-    # Softmax in float32 at least, as every kernel does.
-    scores = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     if bias is not None:
         scores = scores + bias
     if keep is not None:
@@ -42,10 +42,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor | None, Tensor | 
     highest = torch.where(highest == float("-inf"), 0.0, highest)
     weights = (logits - highest).exp()
     total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
+    sees = total > 0
+    total = torch.where(sees, total, 1.0)
+    weights = weights / total
     if extras.sinks is not None:
         weights = weights[..., :-1]
     if extras.dropout > 0:
         weights = torch.nn.functional.dropout(weights, extras.dropout)
-    lse = (total.log() + highest).squeeze(-1) if extras.lse else None
-    return weights.to(v.dtype) @ v, lse
+    lse = torch.where(sees, total.log() + highest, float("-inf")).squeeze(-1) if extras.lse else None
+    return (weights @ v).to(dtype), lse

@@ -34,7 +34,8 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
     wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None
     out, lse = _cudnn(q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, extras.scale)
-    return gate_sinks(out, lse.squeeze(-1), extras.sinks) if wants_lse else (out, None)
+    # Nobody asked for lse: a view of it would cost a microsecond of every call.
+    return gate_sinks(out, lse.squeeze(-1), extras.sinks) if extras.lse or extras.sinks is not None else (out, None)
 
 
 def _cudnn(

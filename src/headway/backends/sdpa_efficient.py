@@ -39,6 +39,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> At
     k, v = repeat_kv(q, k, v)
     wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None
     out, lse = _efficient(q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, extras.scale)
+    if not extras.lse and extras.sinks is None:
+        return out, None
     return gate_sinks(out, lse[:, :, : q.shape[2]], extras.sinks)  # its rows are padded to 32
 
 

@@ -67,8 +67,8 @@ def bare(kind: str, index: int | None = None) -> Machine:
 
 
 def _cuda_versions() -> dict[str, str]:
-    cudnn = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch has no types here
-    driver = torch._C._cuda_getDriverVersion()
+    cudnn = torch.backends.cudnn.version() or 0
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     return {
         "cuda": torch.version.cuda or "",
         "cudnn": f"{cudnn // 10000}.{cudnn % 10000 // 100}.{cudnn % 100}",
@@ -124,7 +124,7 @@ def tried(distribution: str, version: str, machine: Machine, device: str) -> Pac
 
 
 def trial(backend: str, machine: Machine, device: str) -> str | None:
-    """Run a backend once, in a child process, whatever was known before: None if it computes attention, else why not."""
+    """Run a backend once in a child process, whatever was known before: None if it computes attention, else why not."""
     outcome = child.run("headway.backends.trial", backend, device, seconds=TRIAL_SECONDS)
     package = next((one.package for one in BACKENDS if one.name == backend and one.package), None)
     version = package and installed().get(package)
@@ -136,7 +136,6 @@ def trial(backend: str, machine: Machine, device: str) -> str | None:
 # -- quarantine -------------------------------------------------------------------------------------------------------
 
 PROBE_SECONDS = 600.0
-FOUND = "the defect is here"
 
 
 def acquitted(machine: Machine) -> frozenset[str]:
@@ -145,8 +144,9 @@ def acquitted(machine: Machine) -> frozenset[str]:
 
 
 def probe(name: str, machine: Machine, device: str) -> str | None:
-    """Look for a quarantined defect in a child process: None if it is not here and calls may run again, else why not."""
+    """Look for a quarantined defect in a child process: None if it is not here, and calls run again; else why not."""
     outcome = child.run("headway.choice.probes", name, device, seconds=PROBE_SECONDS)
-    remember(machine, f"probe {name}", outcome.broken)
-    _here.cache_clear()
+    if outcome.lasting:
+        remember(machine, f"probe {name}", outcome.broken)
+        _here.cache_clear()
     return outcome.broken

@@ -1,1 +1,39 @@
-"""The command line: a command a file."""
+"""The command line: `headway doctor`, `headway demo`, `headway explain`, `headway support`; a file each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headway import __version__
+from headway.cli import demo, doctor, explain, support
+
+app = typer.Typer(
+    name="headway",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="The fastest attention that is right on this machine, in any PyTorch model.",
+)
+
+app.command("doctor")(doctor.command)
+app.command("demo")(demo.command)
+app.command("explain")(explain.command)
+app.command("support")(support.command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"headway {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options that stand before any command."""

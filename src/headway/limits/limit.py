@@ -339,7 +339,16 @@ class Masks:
             return
         held = request.mask & {"dense", "bias"}
         remedy = f"give its tensor to headway.recognise, which may find a typed mask in it, or {ANOTHER}"
-        yield Refusal(f"mask {mask_words(request.mask)}", self.takes, remedy if held else ANOTHER)
+        yield Refusal(f"mask {mask_words(request.mask)}", self._takes(request.mask), remedy if held else ANOTHER)
+
+    def _takes(self, kinds: frozenset[str]) -> str:
+        """As little as tells what is wrong with these."""
+        known = frozenset().union(*self.native)
+        if kinds - known:
+            return f"masks without {' or '.join(sorted(kinds - known))}"
+        if self.needs and not kinds & set(self.needs):
+            return f"masks with {' or '.join(self.needs)}"
+        return self.takes
 
 
 # -- options and gradients ------------------------------------------------------------------------------------------

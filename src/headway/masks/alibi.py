@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from headway.errors import MaskError
@@ -48,7 +49,12 @@ class Alibi(Mask):
 
     def score(self, frame: Frame) -> Score:
         slopes, offset = self.slopes.to(frame.device), frame.scalar(frame.offset(self.align))
-        return lambda score, b, h, q, k: score - slopes[h] * (q + offset - k).abs()
+
+        def fall(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            slope = slopes[h].double() if score.dtype == torch.float64 else slopes[h]
+            return score - slope * (q + offset - k).abs()
+
+        return fall
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
         return Full().blocks(frame, tiles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from headway.masks.base import Blocks, Rule, Tiles, Witness
@@ -39,11 +40,19 @@ class Band:
     def blocks(self, tiles: Tiles) -> Blocks:
         # k - q over a tile runs from k_first - q_last to k_last - q_first.
         smallest, largest = tiles.k_first - tiles.q_last, tiles.k_last - tiles.q_first
-        some, every = largest == largest, largest == largest
+        bounds = []
         if self.left is not None:
-            some, every = some & (largest >= self.offset - self.left), every & (smallest >= self.offset - self.left)
+            low = self.offset - self.left
+            bounds.append((largest >= low, smallest >= low))
         if self.right is not None:
-            some, every = some & (smallest <= self.offset + self.right), every & (largest <= self.offset + self.right)
+            high = self.offset + self.right
+            bounds.append((smallest <= high, largest <= high))
+        if not bounds:
+            anything = torch.ones_like(smallest, dtype=torch.bool)
+            return Blocks(anything, anything)
+        (some, every), *others = bounds
+        for more, always in others:
+            some, every = some & more, every & always
         return Blocks(some, every)
 
     def shows(self, frame: Frame, witness: Witness) -> bool:

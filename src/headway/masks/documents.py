@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -35,11 +36,28 @@ class Packing:
 
     def ids(self, count: int, device: torch.device) -> Tensor:
         """The document of each of `count` positions."""
-        positions = torch.arange(count, dtype=torch.int32, device=device)
-        return torch.searchsorted(self.on(device)[1:], positions, right=True, out_int32=True)
+
+        def find() -> Tensor:
+            positions = torch.arange(count, dtype=torch.int32, device=device)
+            return torch.searchsorted(self.on(device)[1:], positions, right=True, out_int32=True)
+
+        return self._once((count, device), find)
 
     def on(self, device: torch.device) -> Tensor:
-        return self.starts.to(device, non_blocking=True)
+        """The starts on `device`."""
+        return self._once(device, lambda: self.starts.to(device, non_blocking=True))
+
+    def _once(self, what: object, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor made at its first use and kept: a packing never changes. Tracers get it anew."""
+        if torch.compiler.is_compiling():
+            return make()
+        if what not in self._kept:
+            self._kept[what] = make()
+        return self._kept[what]
+
+    @functools.cached_property
+    def _kept(self) -> dict[object, Tensor]:
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -84,7 +102,7 @@ class Documents(Mask):
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
             raise MaskError(f"got cu_seqlens {shape_of(cu_seqlens)}, takes 1-D integers from 0 to the total")
         if longest is not None and total is not None:
-            packing = Packing(cu_seqlens.to(torch.int32), total, longest)
+            packing = Packing(cu_seqlens.to(torch.int32, copy=True), total, longest)
         else:
             if int(cu_seqlens[0]) != 0:
                 raise MaskError(f"got cu_seqlens that start at {int(cu_seqlens[0])}, takes a start of 0")

@@ -85,17 +85,17 @@ class Padding(Mask):
         return frame.kv_len - lengths, torch.full_like(lengths, frame.kv_len)
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
-        every_row = tiles.q_first * 0
+        first, last = tiles.k_first, tiles.k_last
         if self.lengths is not None:
-            low, high = (bound.view(-1, 1, 1, 1) for bound in self._bounds(frame))
-            first, last = tiles.k_first + every_row, tiles.k_last + every_row
-            return Blocks(some=(last >= low) & (first < high), every=(first >= low) & (last < high))
+            count = self.lengths.to(frame.device, non_blocking=True).view(-1, 1, 1, 1)
+            if self.side == "right":
+                return Blocks(some=first < count, every=last < count)
+            return Blocks(some=last >= frame.kv_len - count, every=first >= frame.kv_len - count)
         assert self.real is not None
-        # Real keys up to each position: a tile's count is a difference of two of these.
+        # Real keys before each position: a tile's count is a difference of two of these.
         before = torch.nn.functional.pad(self.real.to(frame.device).cumsum(1), (1, 0))
-        count = (before[:, tiles.k_last + 1] - before[:, tiles.k_first])[:, None, None]
-        width = tiles.k_last - tiles.k_first + 1
-        return Blocks(some=(count > 0) & (every_row == 0), every=(count == width) & (every_row == 0))
+        real = (before[:, last + 1] - before[:, first])[:, None, None]
+        return Blocks(some=real > 0, every=real == last - first + 1)
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         return witness is Witness.FIRST_KEY and self.side == "right" and self.shortest is not None and self.shortest > 0

@@ -68,8 +68,7 @@ class Prefix(Mask):
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
         n = self.n.to(frame.device).view(-1, 1, 1, 1) if isinstance(self.n, Tensor) else self.n
-        every_row = tiles.q_first * 0
-        return Blocks(some=tiles.k_first + every_row < n, every=tiles.k_last + every_row < n)
+        return Blocks(some=tiles.k_first < n, every=tiles.k_last < n)
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         return witness is Witness.FIRST_KEY and not isinstance(self.n, Tensor) and self.n > 0

@@ -1,0 +1,6 @@
+"""`python -m headway.cli` is `headway`."""
+
+from headway.cli import app
+
+if __name__ == "__main__":
+    app(prog_name="headway")

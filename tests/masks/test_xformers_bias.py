@@ -1,0 +1,210 @@
+"""Masks as xFormers' biases, by its own `materialize` where it is installed and by a stand-in of it everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import by_hand
+import pytest
+import torch
+from drawn import Pair, frames, pairs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from headway.masks import (
+    Alibi, Bias, Causal, Dense, Documents, Frame, Full, Padding, Window,
+)  # fmt: skip
+
+# -- a stand-in: the classes of xformers.ops.fmha.attn_bias that are used, as their documentation has them --------------
+
+
+class Stands:
+    def materialize(self, shape: tuple[int, ...]) -> Tensor:
+        q_len, kv_len = shape[-2:]
+        cells = [[0.0 if self.sees(q, k, kv_len - q_len) else -torch.inf for k in range(kv_len)] for q in range(q_len)]
+        return torch.tensor(cells).expand(shape)
+
+
+class LowerTriangularMask(Stands):
+    def sees(self, q: int, k: int, shift: int) -> bool:
+        return k <= q
+
+
+class LowerTriangularFromBottomRightMask(Stands):
+    def sees(self, q: int, k: int, shift: int) -> bool:
+        return k <= q + shift
+
+
+@dataclasses.dataclass
+class LocalAttentionFromBottomRightMask(Stands):
+    window_left: int
+    window_right: int
+
+    def sees(self, q: int, k: int, shift: int) -> bool:
+        return q + shift - self.window_left <= k <= q + shift + self.window_right
+
+
+@dataclasses.dataclass
+class BlockDiagonalMask(Stands):
+    q_lengths: list[int]
+    k_lengths: list[int]
+    size: int | None = None
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen: list[int], kv_seqlen: list[int] | None = None, *, device: object) -> Any:
+        assert isinstance(device, torch.device)
+        assert all(type(n) is int for n in (*q_seqlen, *(kv_seqlen or ())))
+        return cls(q_seqlen, q_seqlen if kv_seqlen is None else kv_seqlen)
+
+    def make_causal(self) -> Any:
+        return BlockDiagonalCausalMask(self.q_lengths, self.k_lengths)
+
+    def make_local_attention(self, window_size: int) -> Any:
+        return BlockDiagonalCausalLocalAttentionMask(self.q_lengths, self.k_lengths, window_size)
+
+    def sees(self, q: int, k: int, shift: int) -> bool:
+        (q_doc, q), (k_doc, k) = place(q, self.q_lengths), place(k, self.k_lengths)
+        return q_doc == k_doc and self.within(q, k)
+
+    def within(self, q: int, k: int) -> bool:
+        return True
+
+
+class BlockDiagonalCausalMask(BlockDiagonalMask):
+    def within(self, q: int, k: int) -> bool:
+        return k <= q
+
+
+class BlockDiagonalCausalLocalAttentionMask(BlockDiagonalCausalMask):
+    def within(self, q: int, k: int) -> bool:
+        assert self.size is not None
+        return q - self.size < k <= q
+
+
+def place(token: int, lengths: list[int]) -> tuple[int, int]:
+    """A token's document, and its index there."""
+    for document, (start, end) in enumerate(itertools.pairwise(itertools.accumulate(lengths, initial=0))):
+        if start <= token < end:
+            return document, token - start
+    raise AssertionError("past the last document")
+
+
+CLASSES = (
+    LowerTriangularMask, LowerTriangularFromBottomRightMask, LocalAttentionFromBottomRightMask, BlockDiagonalMask,
+    BlockDiagonalCausalMask, BlockDiagonalCausalLocalAttentionMask,
+)  # fmt: skip
+
+
+@pytest.fixture(params=["stand-in", "installed"])
+def attn_bias(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    if request.param == "installed":
+        yield pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xformers is not installed")
+        return
+    names = ("xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias")
+    modules = [types.ModuleType(name) for name in names]
+    for outer, inner in itertools.pairwise(modules):
+        setattr(outer, inner.__name__.rpartition(".")[2], inner)
+    for kind in CLASSES:
+        setattr(modules[-1], kind.__name__, kind)
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    yield modules[-1]
+
+
+# -- tests --------------------------------------------------------------------------------------------------------------
+
+
+def materialized(bias: Any, frame: Frame) -> Tensor:
+    """The bias (batch, heads, queries, keys), however it is said."""
+    shape = (frame.batch, frame.heads, frame.q_len, frame.kv_len)
+    if bias is None:
+        return torch.zeros(shape)
+    if isinstance(bias, Tensor):
+        assert bias.shape == shape
+        return bias.float()
+    if "BlockDiagonal" not in type(bias).__name__:
+        return bias.materialize(shape).float()
+    # Packed: the batch lies end to end, and entries must not see each other.
+    rows = bias.materialize((frame.batch * frame.q_len, frame.batch * frame.kv_len))
+    rows = rows.view(frame.batch, frame.q_len, frame.batch, frame.kv_len)
+    for i, j in itertools.product(range(frame.batch), repeat=2):
+        assert i == j or rows[i, :, j].isneginf().all()
+    return torch.stack([rows[i, :, i] for i in range(frame.batch)])[:, None].expand(shape)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_mask(attn_bias: Any, data: st.DataObject) -> None:
+    frame = data.draw(frames())
+    pair: Pair = data.draw(pairs(frame))
+    truth = by_hand.table(frame, pair.sees)
+    bias = pair.mask.to_xformers(frame, data.draw(st.sampled_from((torch.float32, torch.bfloat16))))
+    assert torch.equal(materialized(bias, frame), torch.zeros(truth.shape).masked_fill(~truth, -torch.inf))
+
+
+SQUARE, WIDE = Frame(6, 6, 2, 2), Frame(3, 7, 2, 2)
+NATIVE = [
+    (Full(), SQUARE, None),
+    (Causal(), SQUARE, "LowerTriangularMask"),
+    (Causal(align="upper-left"), WIDE, "LowerTriangularMask"),
+    (Causal(align="lower-right"), WIDE, "LowerTriangularFromBottomRightMask"),
+    (Window(1, 2), SQUARE, "LocalAttentionFromBottomRightMask"),
+    (Window(1, 0, align="lower-right"), WIDE, "LocalAttentionFromBottomRightMask"),
+    (Window(2, None) & Causal(), SQUARE, "LocalAttentionFromBottomRightMask"),
+    (Window(None, 1), SQUARE, "LocalAttentionFromBottomRightMask"),
+    (Documents([2, 0, 4]), SQUARE, "BlockDiagonalMask"),
+    (Documents([1, 2], [3, 4]), WIDE, "BlockDiagonalMask"),
+    (Documents([2, 4]) & Causal(), SQUARE, "BlockDiagonalCausalMask"),
+    (Documents([2, 4]) & Window(2, 0), SQUARE, "BlockDiagonalCausalLocalAttentionMask"),
+    (Documents.from_cu_seqlens(torch.tensor([0, 2, 6]), longest=4, total=6), SQUARE, "BlockDiagonalMask"),
+]
+TENSOR = [
+    (Window(1, 2, align="upper-left"), WIDE),
+    (Documents([2, 4], [4, 2]) & Causal(), SQUARE),  # not causal within each document
+    (Documents([2, 4]) & Window(1, 1), SQUARE),
+    (Documents([2, 4]) & Documents([3, 3]), SQUARE),
+    (Causal() & Padding([3, 6]), SQUARE),
+    (Dense(torch.eye(6).bool()), SQUARE),
+]
+
+
+@pytest.mark.parametrize(("mask", "frame", "name"), NATIVE, ids=lambda value: repr(value))
+def test_native(attn_bias: Any, mask: Any, frame: Frame, name: str | None) -> None:
+    bias = mask.to_xformers(frame, torch.bfloat16)
+    assert bias is None if name is None else type(bias) is getattr(attn_bias, name)
+    want = mask.to_additive(frame, torch.float32).expand(frame.batch, frame.heads, -1, -1)
+    assert torch.equal(materialized(bias, frame), want)
+
+
+def test_no_kernel_takes_a_window_in_float32(attn_bias: Any) -> None:
+    assert isinstance(Window(1, 2).to_xformers(SQUARE, torch.float32), Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("mask", "frame"), TENSOR, ids=lambda value: repr(value))
+def test_tensor(attn_bias: Any, mask: Any, frame: Frame, dtype: torch.dtype) -> None:
+    bias = mask.to_xformers(frame, dtype)
+    assert isinstance(bias, Tensor)
+    assert bias.dtype == dtype
+    assert bias.stride(-1) == 1
+    assert all(step % 8 == 0 for step in bias.stride()[:-1])
+    want = mask.to_additive(frame, torch.float32).expand(frame.batch, frame.heads, -1, -1)
+    assert torch.equal(materialized(bias, frame), want)
+
+
+@pytest.mark.parametrize("kv_len", [1, 7, 8, 9])
+def test_rows_start_on_eight(attn_bias: Any, kv_len: int) -> None:
+    frame = Frame(5, kv_len, 2, 3)
+    numbers = torch.randn(5, kv_len, requires_grad=True)
+    bias = (Bias(numbers) & Alibi(torch.zeros(3), align="upper-left")).to_xformers(frame, torch.float32)
+    assert torch.equal(bias, numbers.expand(2, 3, 5, kv_len))
+    assert bias.stride(-1) == 1
+    assert all(step % 8 == 0 for step in bias.stride()[:-1])
+    bias.sum().backward()
+    assert torch.equal(numbers.grad, torch.full((5, kv_len), 6.0))

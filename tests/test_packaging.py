@@ -1,0 +1,82 @@
+"""What the package promises from outside: its names, its imports, its version, its pins and its contracts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import headway
+from headway.backends.registry import BACKENDS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = {"flash_attn", "flash_attn_interface", "xformers", "sageattention", "matplotlib", "transformers"}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_all_is_the_public_surface() -> None:
+    members = vars(headway).items()
+    public = {name for name, value in members if not name.startswith("_") and not isinstance(value, ModuleType)}
+    assert set(headway.__all__) == public
+    assert headway.__all__ == sorted(headway.__all__)
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, headway
+for module in pkgutil.walk_packages(headway.__path__, "headway."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.parametrize("code", ["import headway", IMPORT_ALL], ids=["headway", "every module of it"])
+def test_imports_no_optional_package(code: str) -> None:
+    report = f"import sys, torch\nbefore = set(sys.modules)\n{code}\nprint(*(set(sys.modules) - before))"
+    path = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
+    done = subprocess.run([sys.executable, "-c", path + report], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "headway" in loaded
+    assert loaded & (OPTIONAL | {"headway_apps"}) == set()
+
+
+def test_changelog_ends_at_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## \[(.+?)\]", changelog, flags=re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert headings[1:2] in ([], [headway.__version__])
+
+
+@pytest.mark.parametrize("package", ["headway", "headway_apps"])
+def test_ships_its_types(package: str) -> None:
+    assert (ROOT / "src" / package / "py.typed").is_file()
+
+
+def test_constraints_pin_every_requirement(project: dict[str, Any]) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0] for line in lines if re.match(r"[\w-]+==[\d.]+(;|$)", line)}
+    extras = project["project"]["optional-dependencies"].values()
+    asked = [*project["build-system"]["requires"], *project["project"]["dependencies"], *(x for e in extras for x in e)]
+    names = {re.split(r"[^\w-]", requirement, maxsplit=1)[0] for requirement in asked} - {"headway"}
+    assert "torch" in names
+    assert names <= pinned
+
+
+def test_every_backend_stands_under_the_import_contract(project: dict[str, Any]) -> None:
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (kernels,) = (one["modules"] for one in contracts if one["type"] == "independence")
+    assert {backend.entry.partition(":")[0] for backend in BACKENDS} == set(kernels)
