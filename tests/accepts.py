@@ -202,7 +202,7 @@ ACCEPTS: dict[str, dict[str, Accepts]] = {
         "xformers": Accepts(
             FLOATS,
             learns=ANY_MASK | ONE_BY_ONE | SIZES | SIZE_264 | LEARNT | ALL_DROPOUT | WIDE | NO_SYNC,
-            infers=SINKS_AND_LSE_DENSE | SINKS_LEARNT | DETERMINISTIC,
+            infers=DETERMINISTIC,
         ),
         "sage": Accepts(
             HALF,
