@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 TABLES = Path(__file__).parent.parent / "src" / "headway" / "choice" / "tables"
-SKIP = ("torch", "auto")
+SKIP = ("torch", "auto", "flex")
+"""Flex is compiled for each shape, which takes seconds that its milliseconds do not show: auto does not race it."""
 
 
 def main(paths: list[str]) -> None:
