@@ -19,7 +19,7 @@ from headway.masks import And, Frame
 
 TIMES = 2.0
 """How many times plain PyTorch's error a backend may err."""
-WORST_ULPS, MEAN_ULPS = 3.0, 0.75
+FORWARD_ULPS, BACKWARD_ULPS = (2.0, 0.5), (4.0, 1.0)
 """And how many roundings on top: of the worst element, and in the mean of many (of one, the mean is the worst)."""
 
 
@@ -102,7 +102,7 @@ def _cotangent(end: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def by_formula(call: Call, dtype: torch.dtype, *, learns: bool, other_order: bool = False) -> Answer:
-    """The answer in `dtype` by the textbook.
+    """The answer by the textbook: all inputs, the weights and the answer in `dtype`, sums in float32 at least.
 
     `other_order` adds keys and features up from the other end: float64 has no better judge than itself, and the
     difference between two orders is what rounding does to it.
@@ -120,34 +120,45 @@ def by_formula(call: Call, dtype: torch.dtype, *, learns: bool, other_order: boo
         added = torch.zeros(room, dtype=dtype, device=frame.device)
         for part in _added(call.mask, wide, frame, dtype):
             added = added + part
-        out, lse = _textbook(call, wide, keep, added, -1 if other_order else 1)
+        q, k, v, may, bias = wide["q"], wide["k"], wide["v"], keep, added
+        if other_order:
+            q, k, v, may, bias = q.flip(-1), k.flip(-1, -2), v.flip(-2), may.flip(-1), bias.flip(-1)
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        out, lse = textbook(q, k, v, may, bias, scale=scale, softcap=call.softcap, sinks=wide.get("sinks"))
         return out, lse if call.return_lse else None
 
     wanted = {name: tensor for name, tensor in wide.items() if learns and tensor.requires_grad}
     return dataclasses.replace(answered(attend, wanted, call.q.dtype), sees=keep.any(-1))
 
 
-def _textbook(call: Call, wide: dict[str, Tensor], keep: Tensor, added: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """softmax(cap(q kᵀ · scale) + added) v over the keys that are kept."""
-    q, k, v = wide["q"], wide["k"], wide["v"]
-    if step == -1:
-        q, k, v, keep, added = q.flip(-1), k.flip(-1, -2), v.flip(-2), keep.flip(-1), added.flip(-1)
+def textbook(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    added: Tensor | float = 0.0,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(cap(q kᵀ · scale) + added) v over the keys that are kept, and the logs of its denominators."""
+    narrow, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     shared = q.shape[1] // k.shape[1]
     owner = [head // shared for head in range(q.shape[1])]
-    logits = torch.einsum("bhld,bhsd->bhls", q, k[:, owner])
-    logits = logits * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = torch.einsum("bhld,bhsd->bhls", q.to(wide), k[:, owner].to(wide)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     logits = (logits + added).masked_fill(~keep, float("-inf"))
-    if call.sinks is not None:
-        sink = wide["sinks"].view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+    if sinks is not None:
+        sink = sinks.to(wide).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
         logits, keep = torch.cat((logits, sink), -1), torch.nn.functional.pad(keep, (0, 1), value=True)
     some = keep.any(-1, keepdim=True)
     logits = torch.where(some, logits, 0.0)
-    weights = logits.softmax(-1) * some
-    out = torch.einsum("bhls,bhse->bhle", weights[..., : k.shape[2]], v[:, owner])
-    lse = torch.where(some.squeeze(-1), logits.logsumexp(-1), float("-inf"))
-    return out, lse
+    weights = (logits.softmax(-1) * some)[..., : k.shape[2]].to(narrow).to(wide)
+    out = torch.einsum("bhls,bhse->bhle", weights, v[:, owner].to(wide))
+    lse = torch.where(some, logits.logsumexp(-1, keepdim=True), float("-inf"))
+    return out.to(narrow), lse.squeeze(-1)
 
 
 def biases(mask: Mask | None) -> Iterator[Bias]:
@@ -194,43 +205,48 @@ class Judge:
         self.truth = by_formula(call, torch.float64, learns=learns)
         self.plain = by_formula(call, self.dtype, learns=learns, other_order=True)
         self.steepest = steepest(call)
-        self.values = _worst(call.v.detach().double())
-        self.slopes = max((_worst(grad) for grad in self.truth.grads.values() if grad is not None), default=0.0)
+        self.values = call.v.detach().double()
+        self.slopes = tuple(grad for grad in self.truth.grads.values() if grad is not None)
 
     def verdict(self, got: Answer) -> None:
         """Raise AssertionError unless `got` is as good as plain PyTorch, and exact where exactness is promised."""
         truth, plain = self.truth, self.plain
         assert got.out.dtype == self.dtype, f"out is {got.out.dtype} for a request in {self.dtype}"
-        self.compare("out", got.out, plain.out, truth.out, beside=self.values)
+        self.compare("out", got.out, plain.out, truth.out, beside=(self.values,))
         assert_nothing_from_nothing(got, truth)
         assert (got.lse is None) == (truth.lse is None), "lse is there if, and only if, it was asked for"
         if got.lse is not None:
-            self.compare("lse", got.lse, plain.lse, truth.lse, beside=1.0)
+            self.compare("lse", got.lse, plain.lse, truth.lse)
         assert got.grads.keys() == truth.grads.keys()
         for name, grad in got.grads.items():
             assert grad is not None, f"no gradient reaches {name}"
-            self.compare(f"gradient of {name}", grad, plain.grads[name], truth.grads[name], beside=self.slopes)
+            what = f"gradient of {name}"
+            self.compare(what, grad, plain.grads[name], truth.grads[name], beside=self.slopes)
 
-    def compare(self, what: str, got: Tensor, plain: Tensor | None, truth: Tensor | None, *, beside: float) -> None:
+    def compare(
+        self, what: str, got: Tensor, plain: Tensor | None, truth: Tensor | None, beside: tuple[Tensor, ...] = ()
+    ) -> None:
         """The worst element finds one bad value; the root mean square finds a scale that is a little wrong everywhere.
 
         On top of what plain PyTorch errs there is room for a few roundings: of the result, in the request's dtype; and
         of the scores, in the dtype that kernels add up in, where one rounded at 100 is a weight 100 roundings off.
-        What is a small difference of large things is rounded as those are: `beside` is their size.
+        What is a small difference of large things is rounded as those are: they are `beside` it.
         """
         assert plain is not None
         assert truth is not None
         assert got.shape == truth.shape, f"{what} is {list(got.shape)}, should be {list(truth.shape)}"
-        unit = max(torch.finfo(self.dtype).eps, torch.finfo(got.dtype).eps)
-        fine = min(unit, torch.finfo(torch.float32).eps)
         never = truth.isneginf()
         assert torch.equal(got.isneginf(), never), f"{what} is -inf elsewhere than it should be"
+        unit = max(torch.finfo(self.dtype).eps, torch.finfo(got.dtype).eps)
+        fine = min(unit, torch.finfo(torch.float32).eps)
         got, plain, truth = (torch.where(never, 0.0, x.double()) for x in (got, plain, truth))
         assert bool(got.isfinite().all()), f"{what} is not finite"
-        mean_ulps = MEAN_ULPS + (WORST_ULPS - MEAN_ULPS) / max(truth.numel(), 1) ** 0.5
-        for norm, measure, ulps in (("worst element", _worst, WORST_ULPS), ("root mean square", _rms, mean_ulps)):
-            size = measure(truth)
-            roundings = ulps * (unit * max(size, beside / 8) + fine * self.steepest * max(size, beside))
+        worst, mean = BACKWARD_ULPS if what.startswith("gradient") else FORWARD_ULPS
+        cancels = 1 / 8 if what.startswith("gradient") else 0.0
+        mean += (worst - mean) / max(truth.numel(), 1) ** 0.5
+        for norm, measure, ulps in (("worst element", _worst, worst), ("root mean square", _rms, mean)):
+            size, large = measure(truth), max((measure(thing) for thing in beside), default=1.0)
+            roundings = ulps * (unit * max(size, cancels * large) + fine * self.steepest * max(size, large))
             error, allowed = measure(got - truth), TIMES * measure(plain - truth) + roundings
             assert error <= allowed, f"{what}: {norm} errs {error:.3g}, plain PyTorch allows {allowed:.3g}"
 
@@ -260,4 +276,3 @@ def _worst(x: Tensor) -> float:
 
 def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item() if x.numel() else 0.0
-

@@ -262,7 +262,11 @@ def _shapes() -> list[Case]:
         Case("length 64x64, padding, large logits", lengths=(64, 64), mask=lambda f: Padding([64, 9]), logits=30.0),
         Case("length 320x320, window, large logits", lengths=(320, 320), batch=1, mask=SQUARE["window"], logits=30.0),
         Case(
-            "length 192x192, padding, large logits", lengths=(192, 192), batch=1, mask=lambda f: Padding([9]), logits=30.0
+            "length 192x192, padding, large logits",
+            lengths=(192, 192),
+            batch=1,
+            mask=lambda f: Padding([9]),
+            logits=30.0,
         ),
     ]
 

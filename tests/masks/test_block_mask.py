@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headway.masks import (
     Alibi, Bias, Causal, Dense, Documents, Frame, Full, Mask, Padding, Predicate, Prefix, Tree, Window,
 )  # fmt: skip
+from headway.masks import tiles
 from headway.masks.block_mask import block_mask
 
 
@@ -36,7 +37,7 @@ def listed(counts: Tensor, indices: Tensor) -> set[tuple[int, int, int, int]]:
     return cells
 
 
-def tiles_of(blocks: BlockMask) -> tuple[set, set]:
+def visited(blocks: BlockMask) -> tuple[set, set]:
     """Partial and full tiles, after a check that the lists by key say the same."""
     partial = listed(blocks.kv_num_blocks, blocks.kv_indices)
     full = listed(blocks.full_kv_num_blocks, blocks.full_kv_indices)
@@ -50,7 +51,7 @@ def tiles_of(blocks: BlockMask) -> tuple[set, set]:
 
 
 def in_truth(truth: Tensor, tile: int) -> tuple[set, set]:
-    """Tiles in which something is seen, and those in which everything real is."""
+    """Tiles in which something is seen, and those inside the edges in which everything is."""
     batch, heads, q_len, kv_len = truth.shape
     seen, whole = set(), set()
     grid = (range(batch), range(heads), range(math.ceil(q_len / tile)), range(math.ceil(kv_len / tile)))
@@ -58,13 +59,13 @@ def in_truth(truth: Tensor, tile: int) -> tuple[set, set]:
         cell = truth[b, h, i * tile : (i + 1) * tile, j * tile : (j + 1) * tile]
         if cell.any():
             seen.add((b, h, i, j))
-        if cell.all():
+        if cell.all() and cell.shape == (tile, tile):
             whole.add((b, h, i, j))
     return seen, whole
 
 
 def assert_sound(blocks: BlockMask, truth: Tensor, tile: int, tight: bool = False) -> None:
-    partial, full = tiles_of(blocks)
+    partial, full = visited(blocks)
     batch, heads = blocks.kv_num_blocks.shape[:2]
     assert all(have in (1, want) for have, want in zip((batch, heads), truth.shape, strict=False))
     seen, whole = in_truth(truth, tile)
@@ -114,7 +115,7 @@ SINGLE = {
     "causal": lambda f: Causal(align="lower-right"),
     "causal-upper": lambda f: Causal(align="upper-left"),
     "window": lambda f: Window(100, 30, align="lower-right"),
-    "documents": lambda f: Documents([f.q_len - 170, 0, 170], [f.kv_len - 170, 0, 170]),
+    "documents": lambda f: Documents([f.q_len - 120, 0, 120], [f.kv_len - 120, 0, 120]),
     "padding-right": lambda f: Padding([f.kv_len - 3, 140]),
     "padding-left": lambda f: Padding([f.kv_len - 3, 140], side="left"),
     "padding-real": lambda f: Padding(torch.arange(f.kv_len) % torch.tensor([[1], [300]]) < 40),
@@ -130,7 +131,7 @@ def test_as_torch_would_build_it(make, frame: Frame) -> None:
     mask: Mask = make(frame)
     mine = mask.to_block_mask(frame)
     theirs = create_block_mask(mask.rule(frame), frame.batch, 1, frame.q_len, frame.kv_len, device="cpu")
-    my_partial, my_full = tiles_of(mine)
+    my_partial, my_full = visited(mine)
     their_partial, their_full = (
         listed(theirs.kv_num_blocks, theirs.kv_indices),
         listed(theirs.full_kv_num_blocks, theirs.full_kv_indices),
@@ -141,27 +142,28 @@ def test_as_torch_would_build_it(make, frame: Frame) -> None:
         return {(b, h, q, k) for b in range(frame.batch) for i, h, q, k in tiles if b % batch == i}
 
     my_partial, my_full = spread(my_partial), spread(my_full)
-    assert my_partial | my_full == their_partial | their_full
-    assert their_full <= my_full
-    # Torch counts what lies past the end as unseen; kernels bound every tile at the end, so it need not be.
-    last_q, last_k = (n // 128 if n % 128 else -1 for n in (frame.q_len, frame.kv_len))
-    assert all(q == last_q or k == last_k for _, _, q, k in my_full - their_full)
+    assert my_partial == their_partial
+    assert my_full == their_full
 
 
 # -- from structure, and in few steps ---------------------------------------------------------------------------------
 
 LENGTH = 16_384
 LARGE = {
-    "full": (Full(), 12),
-    "causal": (Causal(), 14),
-    "window": (Window(1000, 1000), 20),
-    "documents": (Documents([LENGTH // 4] * 4), 20),
-    "padding": (Padding([LENGTH - 5]), 16),
-    "padding-left": (Padding([LENGTH - 5], side="left"), 16),
-    "padding-real": (Padding(torch.arange(LENGTH)[None] < 100), 16),
-    "prefix": (Prefix(100), 14),
-    "prefixes": (Prefix(torch.tensor([100])), 14),
+    "full": (Full(), 7),
+    "causal": (Causal(), 7),
+    "window": (Window(1000, 1000), 11),
+    "documents": (Documents([LENGTH // 4] * 4), 9),
+    "causal & documents": (Causal() & Documents([LENGTH // 4] * 4), 11),
+    "padding": (Padding([LENGTH - 5]), 8),
+    "padding-left": (Padding([LENGTH - 5], side="left"), 10),
+    "padding-real": (Padding(torch.arange(LENGTH)[None] < 100), 9),
+    "prefix": (Prefix(100), 7),
+    "prefixes": (Prefix(torch.tensor([100])), 7),
+    "causal | prefix": (Causal() | Prefix(100), 9),
 }
+FIRST_TIME = 18
+"""More, for what depends on the lengths alone and is kept."""
 
 
 class Launches(TorchDispatchMode):
@@ -186,10 +188,12 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(("mask", "most"), LARGE.values(), ids=LARGE)
 def test_few_launches_and_never_every_element(mask: Mask, most: int) -> None:
     frame = Frame(LENGTH, LENGTH)
-    with Launches() as launches:
-        mask.to_block_mask(frame)
-    assert len(launches.names) <= most, launches.names
-    assert launches.largest <= 4 * (LENGTH // 128) ** 2
+    tiles._KEPT.clear()
+    for allowed in (most + FIRST_TIME, most):
+        with Launches() as launches:
+            mask.to_block_mask(frame)
+        assert len(launches.names) <= allowed, launches.names
+        assert launches.largest <= 4 * (LENGTH // 128) ** 2
 
 
 @given(st.data())

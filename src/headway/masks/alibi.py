@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from headway.errors import MaskError
-from headway.masks.base import Blocks, Mask, Rule, Score, Tiles, Witness, shape_of
+from headway.masks.base import Mask, Rule, Score, Witness, shape_of
 from headway.masks.causal import Align, check_align
 from headway.masks.frame import Frame
 from headway.masks.full import Full
+from headway.masks.tiles import Blocks, Tiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -48,7 +49,7 @@ class Alibi(Mask):
         return Full().rule(frame)
 
     def score(self, frame: Frame) -> Score:
-        slopes, offset = self.slopes.to(frame.device), frame.scalar(frame.offset(self.align))
+        slopes, offset = self.moved(self.slopes, frame.device), frame.scalar(frame.offset(self.align))
 
         def fall(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             slope = slopes[h].double() if score.dtype == torch.float64 else slopes[h]

@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from headway.masks.base import Blocks, Rule, Tiles, Witness
+from headway.masks.base import Rule, Witness
 from headway.masks.frame import Frame
+from headway.masks.tiles import Blocks, Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +20,22 @@ class Band:
     right: int | None
     offset: int
 
+    def within(self, frame: Frame) -> Band:
+        """The same band without the bounds that nothing in `frame` reaches: a wide window on a short text is causal."""
+        left, right = self.left, self.right
+        if left is not None and left >= frame.q_len - 1 + self.offset:
+            left = None
+        if right is not None and right >= frame.kv_len - 1 - self.offset:
+            right = None
+        return Band(left, right, self.offset)
+
     def rule(self, frame: Frame) -> Rule:
         low, high = self._bound(frame, self.left, -1), self._bound(frame, self.right, 1)
 
         def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             step = k - q
             if low is None:
-                return step <= high if high is not None else (q >= 0) & (k >= 0)
+                return step <= high if high is not None else k >= 0
             return step >= low if high is None else (step >= low) & (step <= high)
 
         return keep
@@ -38,22 +48,14 @@ class Band:
         return frame.scalar(bound) if bound else 0
 
     def blocks(self, tiles: Tiles) -> Blocks:
-        # k - q over a tile runs from k_first - q_last to k_last - q_first.
-        smallest, largest = tiles.k_first - tiles.q_last, tiles.k_last - tiles.q_first
-        bounds = []
-        if self.left is not None:
-            low = self.offset - self.left
-            bounds.append((largest >= low, smallest >= low))
+        judged: Tensor | None = None
         if self.right is not None:
-            high = self.offset + self.right
-            bounds.append((smallest <= high, largest <= high))
-        if not bounds:
-            anything = torch.ones_like(smallest, dtype=torch.bool)
-            return Blocks(anything, anything)
-        (some, every), *others = bounds
-        for more, always in others:
-            some, every = some & more, every & always
-        return Blocks(some, every)
+            # Some k - q is small enough if the first key and the last query's is; all are if the opposite corner's is.
+            judged = tiles.k_ends <= _plus(tiles.q_back, self.offset + self.right)
+        if self.left is not None:
+            large = tiles.k_back >= _plus(tiles.q_ends, self.offset - self.left)
+            judged = large if judged is None else judged & large
+        return Blocks(torch.ones_like(tiles.k_ends, dtype=torch.bool) if judged is None else judged)
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         if witness is Witness.FIRST_KEY:
@@ -66,3 +68,7 @@ class Band:
         after_left = self.left is None or step >= self.offset - self.left
         before_right = self.right is None or step <= self.offset + self.right
         return inside and after_left and before_right
+
+
+def _plus(index: Tensor, step: int) -> Tensor:
+    return index + step if step else index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -14,12 +15,16 @@ from torch import Tensor
 
 from headway.errors import MaskError
 from headway.masks.frame import Frame
+from headway.masks.memo import Remembers
+from headway.masks.tiles import Blocks, Tiles
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Rule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Score: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+CuSeqlens: TypeAlias = tuple[Tensor, Tensor, int, int]
+"""Cumulative lengths of queries and of keys, int32 from 0, and the longest of each."""
 
 
 class Witness(enum.Enum):
@@ -30,28 +35,7 @@ class Witness(enum.Enum):
     LOWER_DIAGONAL = "key as far from the end as the query"
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """For each tile of the grid: may something in it be seen, and is all of it surely seen.
-
-    `some` may say yes too often and `every` no too often: a tile that is neither is checked element by element.
-    """
-
-    some: Tensor
-    every: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """First and last index of each tile of queries (a column) and of keys (a row)."""
-
-    q_first: Tensor
-    q_last: Tensor
-    k_first: Tensor
-    k_last: Tensor
-
-
-class Mask:
+class Mask(Remembers):
     """Says which key each query may attend to, and possibly what is added to the score.
 
     >>> from headway.masks import Causal, Window
@@ -92,18 +76,20 @@ class Mask:
         """Raise MaskError if this mask does not fit `frame`."""
         del frame
 
+    def keep(self, frame: Frame) -> Tensor:
+        """True where attention may go; (B, H, q_len, kv_len), and 1 for any axis over which it does not vary."""
+        return self.rule(frame)(*frame.indices())
+
+    def added(self, frame: Frame, dtype: torch.dtype) -> Tensor | None:
+        """What is added to scores, for sums in `dtype`; any axis may be 1, and None stands for nothing."""
+        score = self.score(frame)
+        # Four axes, as a tensor of none would not lift what is added to it to its own precision.
+        return None if score is None else score(_zero(frame, dtype), *frame.indices())
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors this mask holds; a mask with none is a plain value."""
         return ()
-
-    @functools.cached_property
-    def memo(self) -> dict[Any, Any]:
-        """What has been worked out from this mask: it lives and dies with it, and is not copied or saved."""
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "memo"}
 
     # -- algebra ------------------------------------------------------------------------------------------------
 
@@ -121,23 +107,33 @@ class Mask:
     def to_bool(self, frame: Frame) -> Tensor:
         """A bool tensor, True where attention may go, broadcastable to (B, H, q_len, kv_len)."""
         self.check(frame)
-        keep = self.rule(frame)(*frame.indices())
-        return keep.expand(torch.broadcast_shapes(keep.shape, (1, 1, frame.q_len, frame.kv_len)))
+        return _spread(self.keep(frame), frame)
 
     def to_additive(self, frame: Frame, dtype: torch.dtype) -> Tensor:
         """A float tensor to add to scores: -inf where attention may not go, the mask's own bias elsewhere."""
-        keep = self.to_bool(frame)
-        score = self.score(frame)
-        # Four axes, as a tensor of none would not lift the biases added to it to its own precision.
-        zero = torch.zeros((1, 1, 1, 1), dtype=dtype, device=frame.device)
-        bias = zero if score is None else score(zero, *frame.indices()).to(dtype)
-        return torch.where(keep, bias, float("-inf"))
+        self.check(frame)
+        added = self.added(frame, dtype)
+        bias = torch.zeros((), dtype=dtype, device=frame.device) if added is None else narrowed(added, dtype)
+        return _spread(torch.where(self.keep(frame), bias, float("-inf")), frame)
 
     def to_block_mask(self, frame: Frame) -> BlockMask:
         """A flex attention BlockMask, built from structure where the mask has any."""
         from headway.masks.block_mask import block_mask
 
         return block_mask(self, frame)
+
+    def to_cu_seqlens(self, frame: Frame) -> CuSeqlens:
+        """Cumulative lengths of what sees each other, as variable-length kernels take them, or MaskError."""
+        raise MaskError(
+            f"got {self.kind}, takes Documents or Padding(lengths) for cumulative lengths;"
+            " of masks joined with & ask the part that is one, or use to_bool or to_block_mask"
+        )
+
+    def to_xformers(self, frame: Frame, dtype: torch.dtype) -> Any:
+        """An `xformers.ops.fmha.attn_bias` object, a tensor to add to scores, or None where nothing is masked."""
+        from headway.masks.xformers_bias import to_xformers
+
+        return to_xformers(self, frame, dtype)
 
     def matrix(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0, at_most: int = 32) -> str:
         """The mask as text, ■ may and · may not; larger ones are sampled evenly to `at_most` rows and columns."""
@@ -204,15 +200,17 @@ class And(Mask):
 
         return add
 
+    def keep(self, frame: Frame) -> Tensor:
+        return functools.reduce(operator.and_, (part.keep(frame) for part in self.parts))
+
+    def added(self, frame: Frame, dtype: torch.dtype) -> Tensor | None:
+        added = [one for part in self.parts if (one := part.added(frame, dtype)) is not None]
+        if len(added) > 1:
+            added[0] = added[0] + _zero(frame, dtype)
+        return functools.reduce(operator.add, added) if added else None
+
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks | None:
-        judged = [part.blocks(frame, tiles) for part in self.parts]
-        if any(one is None for one in judged):
-            return None
-        known = [one for one in judged if one is not None]
-        some, every = known[0].some, known[0].every
-        for one in known[1:]:
-            some, every = some & one.some, every & one.every
-        return Blocks(some, every)
+        return _judged(operator.and_, self.parts, frame, tiles)
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         return all(part.shows(frame, witness) for part in self.parts)
@@ -250,15 +248,11 @@ class Or(Mask):
 
         return keep
 
+    def keep(self, frame: Frame) -> Tensor:
+        return functools.reduce(operator.or_, (part.keep(frame) for part in self.parts))
+
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks | None:
-        judged = [part.blocks(frame, tiles) for part in self.parts]
-        if any(one is None for one in judged):
-            return None
-        known = [one for one in judged if one is not None]
-        some, every = known[0].some, known[0].every
-        for one in known[1:]:
-            some, every = some | one.some, every | one.every
-        return Blocks(some, every)
+        return _judged(operator.or_, self.parts, frame, tiles)
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         return any(part.shows(frame, witness) for part in self.parts)
@@ -272,7 +266,7 @@ class Not(Mask):
     kind: ClassVar[str] = "not"
 
     def __repr__(self) -> str:
-        return f"~({self.part!r})"
+        return f"~({self.part!r})" if isinstance(self.part, And | Or) else f"~{self.part!r}"
 
     def __post_init__(self) -> None:
         _refuse_scores("~", (self.part,))
@@ -288,9 +282,20 @@ class Not(Mask):
         blocked = self.part.rule(frame)
         return lambda b, h, q, k: ~blocked(b, h, q, k)
 
+    def keep(self, frame: Frame) -> Tensor:
+        return ~self.part.keep(frame)
+
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks | None:
-        judged = self.part.blocks(frame, tiles)
-        return None if judged is None else Blocks(some=~judged.every, every=~judged.some)
+        blocks = self.part.blocks(frame, tiles)
+        return None if blocks is None else Blocks(~blocks.judged.flip(0))  # something, where not all is hidden
+
+
+def _judged(
+    join: Callable[[Tensor, Tensor], Tensor], parts: tuple[Mask, ...], frame: Frame, tiles: Tiles
+) -> Blocks | None:
+    blocks = [part.blocks(frame, tiles) for part in parts]
+    known = [one.judged for one in blocks if one is not None]
+    return Blocks(functools.reduce(join, known)) if len(known) == len(blocks) else None
 
 
 def _refuse_scores(operator: str, parts: tuple[Mask, ...]) -> None:
@@ -302,6 +307,29 @@ def _refuse_scores(operator: str, parts: tuple[Mask, ...]) -> None:
             )
 
 
+def _spread(tensor: Tensor, frame: Frame) -> Tensor:
+    """All queries and keys, as a view; batch entries and heads may stay one for all."""
+    return tensor.expand(torch.broadcast_shapes(tensor.shape, (1, 1, frame.q_len, frame.kv_len)))
+
+
+def _zero(frame: Frame, dtype: torch.dtype) -> Tensor:
+    """A start for sums of scores, which are made in float32 at least."""
+    return torch.zeros((1, 1, 1, 1), dtype=torch.promote_types(dtype, torch.float32), device=frame.device)
+
+
+def narrowed(added: Tensor, dtype: torch.dtype) -> Tensor:
+    """`added` in `dtype`; a finite number stays finite, as -inf would block what the number only disfavours."""
+    most = torch.finfo(dtype).max
+    if torch.finfo(added.dtype).max > most:
+        added = torch.where(added.isinf(), added, added.clamp(-most, most))
+    return added.to(dtype)
+
+
 def shape_of(tensor: Tensor) -> str:
     """A tensor as masks print it: dtype and shape, not values."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def holds_integers(tensor: Tensor) -> bool:
+    """True for numbers that count; bools do not."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from headway.errors import MaskError
-from headway.masks.base import Blocks, Mask, Rule, Score, Tiles, Witness, shape_of
+from headway.masks.base import Mask, Rule, Score, Witness, narrowed, shape_of
 from headway.masks.dense import four_axes
 from headway.masks.frame import Frame
 from headway.masks.full import Full
+from headway.masks.tiles import Blocks, Tiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -52,10 +53,17 @@ class Bias(Mask):
 
     def wide(self, frame: Frame) -> Tensor:
         """The bias with four axes, of which any may be 1."""
-        return four_axes(self.bias.to(frame.device), frame, "a bias")
+        return four_axes(self.moved(self.bias, frame.device), frame, "a bias")
+
+    def keep(self, frame: Frame) -> Tensor:
+        # The rule need not say so: -inf blocks as the score it is.
+        return ~self.wide(frame).isneginf()
+
+    def added(self, frame: Frame, dtype: torch.dtype) -> Tensor:
+        return self.wide(frame)
 
     def to_additive(self, frame: Frame, dtype: torch.dtype) -> Tensor:
-        return self.wide(frame).to(dtype).expand(-1, -1, frame.q_len, frame.kv_len)
+        return narrowed(self.wide(frame), dtype).expand(-1, -1, frame.q_len, frame.kv_len)
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
         return Full().blocks(frame, tiles)

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal, TypeAlias
 
 from headway.errors import MaskError
 from headway.masks.band import Band
-from headway.masks.base import Blocks, Mask, Rule, Tiles, Witness
+from headway.masks.base import Mask, Rule, Witness
 from headway.masks.frame import Frame
+from headway.masks.tiles import Blocks, Tiles
 
 Align: TypeAlias = Literal["upper-left", "lower-right"]
 
@@ -34,7 +35,7 @@ class Causal(Mask):
         check_align(self.align)
 
     def band(self, frame: Frame) -> Band:
-        return Band(left=None, right=0, offset=frame.offset(self.align))
+        return Band(left=None, right=0, offset=frame.offset(self.align)).within(frame)
 
     def check(self, frame: Frame) -> None:
         frame.offset(self.align)

@@ -55,11 +55,9 @@ class Dense(Mask):
         four_axes(self.may, frame, "a mask")
 
     def rule(self, frame: Frame) -> Rule:
-        wide = four_axes(self.may.to(frame.device), frame, "a mask")
-        may = wide.expand(frame.batch, frame.heads, frame.q_len, frame.kv_len)
+        may = self.keep(frame).expand(frame.batch, frame.heads, frame.q_len, frame.kv_len)
         return lambda b, h, q, k: may[b, h, q, k]
 
-    def to_bool(self, frame: Frame) -> Tensor:
+    def keep(self, frame: Frame) -> Tensor:
         # As given, not gathered: a mask of one batch entry must not grow to all of them.
-        wide = four_axes(self.may.to(frame.device), frame, "a mask")
-        return wide.expand(-1, -1, frame.q_len, frame.kv_len)
+        return four_axes(self.moved(self.may, frame.device), frame, "a mask")

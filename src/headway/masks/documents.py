@@ -3,61 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from headway.errors import MaskError
-from headway.masks.base import Blocks, Mask, Rule, Tiles, Witness, shape_of
+from headway.masks.base import CuSeqlens, Mask, Rule, Witness, holds_integers, shape_of
 from headway.masks.frame import Frame
+from headway.masks.memo import Remembers
+from headway.masks.tiles import Blocks, Tiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Packing:
-    """Where each of some packed sequences starts and ends."""
+class Packing(Remembers):
+    """Where each of some packed sequences starts and ends. It never changes."""
 
     starts: Tensor
     """Cumulative lengths, int32, from 0 to the total: what flash kernels call cu_seqlens."""
     total: int
     longest: int
+    lengths: tuple[int, ...] | None = None
+    """The length of each, where the host knows them."""
 
     @classmethod
     def of(cls, lengths: Sequence[int] | Tensor) -> Packing:
         counts = torch.as_tensor(lengths)
-        if counts.ndim != 1 or counts.numel() == 0 or counts.is_floating_point() or counts.dtype == torch.bool:
+        if counts.ndim != 1 or counts.numel() == 0 or not holds_integers(counts):
             raise MaskError(f"got lengths {shape_of(counts)}, takes one integer per document")
-        if int(counts.min()) < 0:
-            raise MaskError(f"got a document of length {int(counts.min())}, takes lengths of 0 or more")
+        if isinstance(lengths, Tensor) and torch.compiler.is_compiling():
+            raise MaskError(
+                "got lengths in a tensor inside a compiled function, takes numbers, as a tensor would have to be read;"
+                " use Documents.from_cu_seqlens(..., longest=, total=), or make the mask outside"
+            )
+        known = tuple(lengths.tolist() if isinstance(lengths, Tensor) else map(int, lengths))
+        if min(known) < 0:
+            raise MaskError(f"got a document of length {min(known)}, takes lengths of 0 or more")
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        return cls(starts, int(counts.sum()), int(counts.max()))
+        return cls(starts, sum(known), max(known), known)
+
+    def on(self, device: torch.device) -> Tensor:
+        """The starts on `device`."""
+        return self.moved(self.starts, device)
 
     def ids(self, count: int, device: torch.device) -> Tensor:
         """The document of each of `count` positions."""
 
-        def find() -> Tensor:
+        def find() -> tuple[Tensor]:
             positions = torch.arange(count, dtype=torch.int32, device=device)
-            return torch.searchsorted(self.on(device)[1:], positions, right=True, out_int32=True)
+            return (torch.searchsorted(self.on(device)[1:], positions, right=True, out_int32=True),)
 
-        return self._once((count, device), find)
+        return self.once(("ids", count), device, find)[0]
 
-    def on(self, device: torch.device) -> Tensor:
-        """The starts on `device`."""
-        return self._once(device, lambda: self.starts.to(device, non_blocking=True))
+    def extremes(self, ends: Tensor, size: int, count: int) -> Tensor:
+        """Each tile's lowest and highest document, as (low, -high, -low, high), of `count` positions in all."""
 
-    def _once(self, what: object, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor made at its first use and kept: a packing never changes. Tracers get it anew."""
-        if torch.compiler.is_compiling():
-            return make()
-        if what not in self._kept:
-            self._kept[what] = make()
-        return self._kept[what]
+        def find() -> tuple[Tensor]:
+            low, high = self.ids(count, ends.device)[ends.view(2, -1)]  # ids ascend
+            return (torch.stack((low, -high, -low, high)),)
 
-    @functools.cached_property
-    def _kept(self) -> dict[object, Tensor]:
-        return {}
+        return self.once(("extremes", size, count), ends.device, find)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -79,13 +85,14 @@ class Documents(Mask):
 
     def __init__(self, lengths: Sequence[int] | Tensor, kv_lengths: Sequence[int] | Tensor | None = None) -> None:
         queries = Packing.of(lengths)
-        self._set(queries, queries if kv_lengths is None else Packing.of(kv_lengths))
+        keys = queries if kv_lengths is None else Packing.of(kv_lengths)
+        self._set(queries, queries if keys.lengths == queries.lengths else keys)
 
     def _set(self, queries: Packing, keys: Packing) -> None:
         if queries.starts.shape != keys.starts.shape:
             raise MaskError(
                 f"got {queries.starts.numel() - 1} query documents and {keys.starts.numel() - 1} key documents,"
-                " takes as many of one as of the other"
+                " takes as many of one as of the other; a document may have length 0"
             )
         object.__setattr__(self, "queries", queries)
         object.__setattr__(self, "keys", keys)
@@ -99,21 +106,25 @@ class Documents(Mask):
         >>> Documents.from_cu_seqlens(torch.tensor([0, 2, 3]))
         Documents(2 of at most 2, 3 tokens)
         """
-        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or not holds_integers(cu_seqlens):
             raise MaskError(f"got cu_seqlens {shape_of(cu_seqlens)}, takes 1-D integers from 0 to the total")
         if longest is not None and total is not None:
             packing = Packing(cu_seqlens.to(torch.int32, copy=True), total, longest)
         else:
+            packing = Packing.of(cu_seqlens.diff())
             if int(cu_seqlens[0]) != 0:
                 raise MaskError(f"got cu_seqlens that start at {int(cu_seqlens[0])}, takes a start of 0")
-            packing = Packing.of(cu_seqlens.diff())
+            for name, given, real in (("longest", longest, packing.longest), ("total", total, packing.total)):
+                if given not in (None, real):
+                    raise MaskError(f"got {name}={given}, but these cu_seqlens say {real}; leave {name} out")
         mask = cls.__new__(cls)
         mask._set(packing, packing)
         return mask
 
     def __repr__(self) -> str:
-        count = self.queries.starts.numel() - 1
-        return f"Documents({count} of at most {self.queries.longest}, {self.queries.total} tokens)"
+        queries, keys = self.queries, self.keys
+        other = "" if self.one_packing else f"; keys of at most {keys.longest}, {keys.total} tokens"
+        return f"Documents({queries.starts.numel() - 1} of at most {queries.longest}, {queries.total} tokens{other})"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -128,25 +139,40 @@ class Documents(Mask):
         for name, packing, length in (("queries", self.queries, frame.q_len), ("keys", self.keys, frame.kv_len)):
             if packing.total != length:
                 raise MaskError(
-                    f"got documents of {packing.total} tokens in all for {length} {name}; they must be equal"
+                    f"got documents of {packing.total} tokens in all for {length} {name}, takes lengths that add up to"
+                    f" all {name}; count the filler as a document of its own"
                 )
 
     def rule(self, frame: Frame) -> Rule:
-        q_doc = self.queries.ids(frame.q_len, frame.device)
-        k_doc = q_doc if self.one_packing else self.keys.ids(frame.kv_len, frame.device)
+        q_doc, k_doc = self.queries.ids(frame.q_len, frame.device), self.keys.ids(frame.kv_len, frame.device)
         return lambda b, h, q, k: q_doc[q] == k_doc[k]
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
-        q_doc = self.queries.ids(frame.q_len, frame.device)
-        k_doc = q_doc if self.one_packing else self.keys.ids(frame.kv_len, frame.device)
-        # Ids ascend, so a tile's first and last document bound it.
-        q_low, q_high, k_low, k_high = (
-            q_doc[tiles.q_first],
-            q_doc[tiles.q_last],
-            k_doc[tiles.k_first],
-            k_doc[tiles.k_last],
-        )
-        return Blocks(some=(q_low <= k_high) & (k_low <= q_high), every=(q_low == k_high) & (k_low == q_high))
+        q = self.queries.extremes(tiles.q_ends, tiles.size, frame.q_len)
+        k = self.keys.extremes(tiles.k_ends, tiles.size, frame.kv_len)
+        # Two tiles share a document if the higher low is at most the lower high, and hold no other if the higher high
+        # is at most the lower low. With lows and highs negated in turn, both are: two maxima add up to at most 0.
+        highest = torch.maximum(q[:, :, None], k[:, None, :])
+        shared = highest.view(2, 2, *highest.shape[1:]).sum(1, dtype=torch.int32) <= 0
+        return Blocks(shared[:, None, None])
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         return self.one_packing and frame.q_len == frame.kv_len and witness is not Witness.FIRST_KEY
+
+    def to_cu_seqlens(self, frame: Frame) -> CuSeqlens:
+        """Starts of the documents, for all batch entries laid end to end.
+
+        >>> Documents([2, 1]).to_cu_seqlens(Frame(3, 3, batch=2))[0]
+        tensor([0, 2, 3, 5, 6], dtype=torch.int32)
+        """
+        self.check(frame)
+        q_starts = _end_to_end(self.queries.on(frame.device), frame.q_len, frame.batch)
+        k_starts = q_starts if self.one_packing else _end_to_end(self.keys.on(frame.device), frame.kv_len, frame.batch)
+        return q_starts, k_starts, self.queries.longest, self.keys.longest
+
+
+def _end_to_end(starts: Tensor, length: int, batch: int) -> Tensor:
+    if batch == 1:
+        return starts
+    shifts = torch.arange(batch, device=starts.device, dtype=starts.dtype)[:, None] * length
+    return torch.cat((starts[:1], (starts[1:] + shifts).flatten()))

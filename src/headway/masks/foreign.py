@@ -18,6 +18,7 @@ def from_sdpa(attn_mask: Tensor) -> Mask:
     >>> from_sdpa(torch.ones(2, 2, dtype=torch.bool))
     Dense(bool[2, 2])
     """
+    _yes_or_numbers(attn_mask, "attn_mask", "may")
     return Dense(attn_mask) if attn_mask.dtype == torch.bool else Bias(attn_mask)
 
 
@@ -32,12 +33,14 @@ def from_key_padding_mask(key_padding_mask: Tensor) -> Mask:
         mask = mask[None]
     if mask.ndim != 2:
         raise MaskError(f"got key_padding_mask {shape_of(key_padding_mask)}, takes (batch, keys) or (keys,)")
+    _yes_or_numbers(mask, "key_padding_mask", "blocked")
     return Padding(~mask) if mask.dtype == torch.bool else Bias(mask[:, None, None, :])
 
 
 def from_attn_mask(attn_mask: Tensor, num_heads: int) -> Mask:
     """`nn.MultiheadAttention`'s attn_mask: True = blocked or numbers added; (L, S) or (batch * heads, L, S)."""
     mask = attn_mask
+    _yes_or_numbers(mask, "attn_mask", "blocked")
     if mask.ndim == 3:
         if mask.shape[0] % num_heads:
             raise MaskError(f"got attn_mask {shape_of(attn_mask)}, takes batch * {num_heads} heads in front")
@@ -57,11 +60,25 @@ def from_transformers(attention_mask: Tensor) -> Mask:
     · ■ ■
     """
     mask = attention_mask
+    if mask.ndim not in (2, 4):
+        raise MaskError(f"got attention_mask {shape_of(mask)}, takes (batch, keys) or (batch, heads, queries, keys)")
+    if mask.ndim == 2 and mask.is_floating_point():
+        raise MaskError(
+            f"got attention_mask {shape_of(mask)}, takes integers or bools for (batch, keys), 1 for a real token;"
+            " if these numbers are ones and zeros pass attention_mask.bool(), if they are added use Bias"
+        )
     if mask.ndim == 2:
         return Padding(mask != 0)
-    if mask.ndim != 4:
-        raise MaskError(f"got attention_mask {shape_of(mask)}, takes (batch, keys) or (batch, heads, queries, keys)")
+    _yes_or_numbers(mask, "attention_mask", "may")
     if mask.dtype == torch.bool:
         return Dense(mask)
     lowest = torch.finfo(mask.dtype).min
     return Bias(mask.masked_fill(mask <= lowest, float("-inf")))
+
+
+def _yes_or_numbers(mask: Tensor, name: str, true: str) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise MaskError(
+            f"got {name} {shape_of(mask)}, takes bool (True = {true}) or numbers added to scores;"
+            f" for ones and zeros pass {name} != 0, if 1 means {true}"
+        )

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from headway.errors import MaskError
+from headway.masks.memo import Bounded, kept
 
 CPU = torch.device("cpu")
+_SCALARS = Bounded(256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,10 @@ class Frame:
 
         Compiled kernels capture it as data, so that another value is no other program.
         """
-        return torch.full((), value, dtype=torch.int32, device=self.device)
+        (scalar,) = kept(
+            _SCALARS, value, self.device, lambda: (torch.full((), value, dtype=torch.int32, device=self.device),)
+        )
+        return scalar
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Batch, head, query and key indices, shaped to broadcast against each other."""

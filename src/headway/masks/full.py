@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headway.masks.base import Blocks, Mask, Rule, Tiles, Witness
+from headway.masks.base import Mask, Rule, Witness
 from headway.masks.frame import Frame
+from headway.masks.tiles import Blocks, Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +27,12 @@ class Full(Mask):
     def rule(self, frame: Frame) -> Rule:
         # A tensor, never Python's True: vmap over the rule refuses anything else.
         def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (q >= 0) & (k >= 0)
+            return k >= 0
 
         return keep
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
-        yes = torch.ones_like(tiles.q_first + tiles.k_first, dtype=torch.bool)
-        return Blocks(some=yes, every=yes)
+        return Blocks(torch.ones_like(tiles.k_ends, dtype=torch.bool))
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         return True

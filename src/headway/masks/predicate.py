@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +17,7 @@ from headway.masks.base import Mask, Rule
 from headway.masks.frame import Frame
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Predicate(Mask):
     """`fn(b, h, q, k)` returns a bool tensor, elementwise on index tensors.
 
@@ -29,25 +31,28 @@ class Predicate(Mask):
     kind: ClassVar[str] = "predicate"
 
     def __post_init__(self) -> None:
-        for name, value in _captured(self.fn).items():
-            # bool is an int too, but it selects one of two programs, not one of very many.
-            if isinstance(value, int | float) and not isinstance(value, bool):
+        if not callable(self.fn) or isinstance(self.fn, Tensor):
+            raise MaskError(
+                f"got {type(self.fn).__name__}, takes a function fn(b, h, q, k); wrap a bool tensor in Dense(tensor)"
+            )
+        if torch.compiler.is_compiling():
+            return  # the tracer looks into the function itself, and a probe would become a part of its graph
+        captured = _captured(self.fn)
+        for name, value in captured.items():
+            if (found := _numbers(value)) is not None:
                 raise MaskError(
-                    f"the predicate captures {name}={value!r}, a Python number: each new value would compile a new"
+                    f"the predicate captures {name}={value!r}, {found}: each new value would compile a new"
                     f" kernel. Capture a tensor instead: {name} = torch.tensor({value!r}, device=...)"
                 )
-        index = torch.zeros((), dtype=torch.int32, device=_home(self.fn))
-        answer = self.fn(index, index, index, index)
-        if not isinstance(answer, Tensor):
-            raise MaskError(
-                f"the predicate returned a Python {type(answer).__name__}, takes a bool tensor made from its indices;"
-                " for 'always' return q >= 0"
-            )
-        if answer.dtype != torch.bool:
-            raise MaskError(f"the predicate returned {answer.dtype}, takes torch.bool; compare, or add .bool()")
+        homes = {name: value.device for name, value in captured.items() if isinstance(value, Tensor)}
+        if len(set(homes.values())) > 1:
+            listed = ", ".join(f"{name} on {device}" for name, device in homes.items())
+            raise MaskError(f"the predicate captures tensors on several devices ({listed}); move them to the call's")
+        _probe(self.fn, next(iter(homes.values()), torch.device("cpu")))
 
     def __repr__(self) -> str:
-        return f"Predicate({getattr(self.fn, '__qualname__', repr(self.fn))})"
+        fn = self.fn.func if isinstance(self.fn, functools.partial) else self.fn
+        return f"Predicate({getattr(fn, '__qualname__', type(fn).__qualname__)})"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -55,7 +60,7 @@ class Predicate(Mask):
 
     def check(self, frame: Frame) -> None:
         for name, value in _captured(self.fn).items():
-            if isinstance(value, Tensor) and value.device != frame.device:
+            if isinstance(value, Tensor) and not _same(value.device, frame.device):
                 raise MaskError(
                     f"the predicate captures {name} on {value.device}, but the call is on {frame.device};"
                     f" capture {name}.to({str(frame.device)!r})"
@@ -65,16 +70,80 @@ class Predicate(Mask):
         return self.fn
 
 
+def _numbers(value: object) -> str | None:
+    """What kind of Python number would be compiled in, if any. A bool only chooses one of two programs."""
+    if isinstance(value, list | tuple) and any(_numbers(one) for one in value):
+        return f"a {type(value).__name__} of Python numbers"
+    return "a Python number" if isinstance(value, numbers.Number) and not isinstance(value, bool) else None
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    """'cuda' without a number stands for any."""
+    return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
+
+
+def _probe(fn: Callable[..., Any], device: torch.device) -> None:
+    """Call the predicate on one index as flex attention will: under vmap, where nothing may be read."""
+    answers = []
+
+    def call(index: Tensor) -> Tensor:
+        answers.append(fn(index, index, index, index))
+        return index
+
+    try:
+        torch.vmap(call)(torch.zeros(1, dtype=torch.int32, device=device))
+    except MaskError:
+        raise
+    except Exception as error:
+        if "data-dependent control flow" in str(error):
+            raise MaskError(
+                "the predicate asks a tensor for a Python bool, with if, and, or, not or bool();"
+                " use & | ~ and torch.where on its indices"
+            ) from error
+        raise MaskError(
+            f"the predicate failed on its first index ({type(error).__name__}: {error});"
+            " takes fn(b, h, q, k), elementwise on index tensors"
+        ) from error
+    (answer,) = answers
+    if not isinstance(answer, Tensor):
+        raise MaskError(
+            f"the predicate returned a Python {type(answer).__name__}, takes a bool tensor made from its indices;"
+            " for 'always' return q >= 0"
+        )
+    if answer.dtype != torch.bool:
+        raise MaskError(f"the predicate returned {answer.dtype}, takes torch.bool; compare, or add .bool()")
+
+
 def _captured(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Names and values a plain function closes over or takes as defaults."""
-    if not inspect.isfunction(fn):
-        return {}
-    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-    defaults = {name: p.default for name, p in inspect.signature(fn).parameters.items() if p.default is not p.empty}
-    return {name: cell.cell_contents for name, cell in cells} | defaults
+    """Names and values a predicate holds: closed over, bound, taken as defaults, or kept as attributes."""
+    # A tracer sees all of this by itself, and cannot follow the looking.
+    return {} if torch.compiler.is_compiling() else dict(_held(fn, set()))
 
 
-def _home(fn: Callable[..., Any]) -> torch.device:
-    """The device of the tensors `fn` captures, where a probe of it must run."""
-    held = [value.device for value in _captured(fn).values() if isinstance(value, Tensor)]
-    return held[0] if held else torch.device("cpu")
+def _held(fn: object, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(fn) in seen:
+        return
+    seen.add(id(fn))
+    for name, value in _own(fn):
+        if callable(value) and not isinstance(value, type | Tensor):
+            yield from _held(value, seen)
+        else:
+            yield name, value
+
+
+def _own(fn: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(fn, functools.partial):
+        yield "function", fn.func
+        yield from inspect.signature(fn.func).bind_partial(*fn.args, **fn.keywords).arguments.items()
+    elif inspect.ismethod(fn):
+        yield "function", fn.__func__
+        yield from vars(fn.__self__).items()
+    elif inspect.isfunction(fn):
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+            if cell.cell_contents is not fn:
+                yield name, cell.cell_contents
+        for name, parameter in inspect.signature(fn).parameters.items():
+            if parameter.default is not parameter.empty:
+                yield name, parameter.default
+    elif not inspect.isbuiltin(fn) and hasattr(fn, "__dict__"):
+        yield from vars(fn).items()

@@ -29,15 +29,21 @@ def recognise(tensor: Tensor) -> Mask:
     >>> recognise(torch.ones(4, 4, dtype=torch.bool).tril())
     Causal(align=None)
     >>> recognise(torch.zeros(2, 4).index_fill(1, torch.tensor([3]), float("-inf")))
-    Padding(bool[1, 4], side='right')
+    Padding(int64[1], side='right')
     """
     if tensor.ndim < 2 or tensor.ndim > 4:
-        raise MaskError(f"got {shape_of(tensor)}, takes (queries, keys) with up to two axes before them")
+        raise MaskError(
+            f"got {shape_of(tensor)}, takes (queries, keys) with up to two axes before them;"
+            " for (batch, keys) use from_key_padding_mask or from_transformers"
+        )
     if tensor.dtype == torch.bool:
         return _typed(tensor) or Dense(tensor)
     if not tensor.is_floating_point():
-        raise MaskError(f"got {shape_of(tensor)}, takes bool (True = may) or floating point (added to scores)")
-    keep = _yes_and_no(tensor)
+        raise MaskError(
+            f"got {shape_of(tensor)}, takes bool (True = may) or floating point (added to scores);"
+            " for a mask of ones and zeros pass mask != 0"
+        )
+    keep = None if tensor.requires_grad else _yes_and_no(tensor)
     if keep is None:
         return Bias(tensor)
     return _typed(keep) or Dense(keep)
@@ -46,23 +52,24 @@ def recognise(tensor: Tensor) -> Mask:
 def _yes_and_no(bias: Tensor) -> Tensor | None:
     """What an additive tensor keeps, if it only keeps and blocks and blocking is what its numbers really do."""
     lowest = torch.finfo(bias.dtype).min
-    keep, least, never = bias == 0, bias <= lowest, torch.isneginf(bias)
+    keep, least = bias == 0, bias <= lowest
     if not bool((keep | least).all()):
         return None
     # The smallest finite number blocks only beside a score that wins; alone in a row it makes the mean of V.
-    mean_rows = ~keep.any(-1, keepdim=True) & (least & ~never).any(-1, keepdim=True)
-    return None if bool(mean_rows.any()) or bias.requires_grad else keep
+    mean_rows = ~keep.any(-1) & (bias == lowest).any(-1)
+    return None if bool(mean_rows.any()) else keep
 
 
 def _typed(keep: Tensor) -> Mask | None:
+    if keep.numel() == 0:
+        return Full()
     wide = keep.view((1,) * (4 - keep.ndim) + tuple(keep.shape))
-    if wide.stride(1) == 0 or bool((wide == wide[:, :1]).all()):
-        wide = wide[:, :1]
-    else:
+    one_head = wide[:, :1]
+    if wide.stride(1) != 0 and not bool((wide == one_head).all()):
         return None
     frame = Frame(wide.shape[2], wide.shape[3], wide.shape[0], 1, wide.device)
-    for mask in _candidates(wide[:, 0], frame):
-        if torch.equal(mask.to_bool(frame).expand_as(wide), wide):
+    for mask in _candidates(one_head[:, 0], frame):
+        if torch.equal(mask.to_bool(frame).expand_as(one_head), one_head):
             return mask
     return None
 
@@ -70,35 +77,49 @@ def _typed(keep: Tensor) -> Mask | None:
 def _candidates(keep: Tensor, frame: Frame) -> Iterator[Mask]:
     """Masks worth comparing with, cheapest to run first; each is built from what the tensor's edges say."""
     yield Full()
-    if frame.q_len == 0 or frame.kv_len == 0:
-        return
-    aligns: tuple[Align | None, ...] = (None,) if frame.q_len == frame.kv_len else ("lower-right", "upper-left")
-    seen = keep.any(dim=1)
-    padding = None if bool(seen.all()) else Padding(seen)
+    if frame.kv_len == 1:
+        return  # it may stand for any number of keys, and of what lies along them nothing is known
+    padding = _padding(keep.any(dim=1), frame)
     if padding is not None:
         yield padding
+    if frame.q_len == 1:
+        return
+    aligns: tuple[Align | None, ...] = (None,) if frame.q_len == frame.kv_len else ("lower-right", "upper-left")
+    yield from map(Causal, aligns)  # before any window, which may be one of them seen from the other corner
     for align in aligns:
         causal = Causal(align=align)
-        yield causal
-        yield from _windows(keep, frame, align)
+        yield from _windows(keep[0], frame, align)
         if padding is not None:
             yield And((causal, padding))
         if align is None:
             yield from _packings(keep[0], causal)
-        prefix = int(keep[0, 0].long().cumprod(0).sum())
-        yield causal | Prefix(prefix)
+        yield causal | _prefix(keep[:, 0])
+
+
+def _padding(seen: Tensor, frame: Frame) -> Padding | None:
+    """The keys that any query sees, by their number if they lie on one side."""
+    if bool(seen.all()):
+        return None
+    lengths = seen.sum(1).cpu()
+    for side in ("right", "left"):
+        padding = Padding(lengths, side=side)  # type: ignore[arg-type]  # one of its words
+        if torch.equal(padding.keep(frame)[:, 0, 0], seen):
+            return padding
+    return Padding(seen)
 
 
 def _windows(keep: Tensor, frame: Frame, align: Align | None) -> Iterator[Mask]:
-    q, k = keep[0].nonzero(as_tuple=True)
-    if q.numel() == 0:
+    """The narrowest band around all that is seen."""
+    rows = keep.any(-1)
+    if not bool(rows.any()):
         return
-    distance = k - q - frame.offset(align)
-    left, right = max(0, -int(distance.min())), max(0, int(distance.max()))
-    open_left = None if left >= frame.q_len - 1 + frame.offset(align) else left
-    open_right = None if right >= frame.kv_len - 1 - frame.offset(align) else right
-    if open_left is not None or open_right not in (None, 0):
-        yield Window(open_left, open_right, align=align)
+    own = torch.arange(frame.q_len, device=keep.device) + frame.offset(align)
+    first = keep.to(torch.uint8).argmax(-1)
+    last = frame.kv_len - 1 - keep.flip(-1).to(torch.uint8).argmax(-1)
+    left, right = (max(0, int(reach[rows].max())) for reach in (own - first, last - own))
+    band = Window(left, right, align=align).band(frame)
+    if (band.left, band.right) not in ((None, None), (None, 0)):
+        yield Window(band.left, band.right, align=align)
 
 
 def _packings(keep: Tensor, causal: Mask) -> Iterator[Mask]:
@@ -110,3 +131,9 @@ def _packings(keep: Tensor, causal: Mask) -> Iterator[Mask]:
         documents = Documents(lengths)
         yield documents
         yield And((causal, documents))
+
+
+def _prefix(first_row: Tensor) -> Prefix:
+    """As many keys as the first query sees from the start, in each batch entry."""
+    lengths = first_row.to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)
+    return Prefix(int(lengths[0])) if bool((lengths == lengths[0]).all()) else Prefix(lengths)

@@ -66,6 +66,8 @@ def terms(mask: Mask | None, frame: Frame) -> Terms:
             continue
         if isinstance(part, Causal | Window):
             other = part.band(frame)
+            if other.left is None and other.right is None:
+                continue
             if band is None or band.offset == other.offset:
                 band = other if band is None else _tighter(band, other)
             else:
@@ -74,8 +76,6 @@ def terms(mask: Mask | None, frame: Frame) -> Terms:
             found[part.kind] = part
         else:
             rest.append(part)
-    if band is not None and band.left is None and band.right is None:
-        band = None
     return Terms(band, rest=tuple(rest), **found)  # type: ignore[arg-type]  # keys are the kinds above
 
 

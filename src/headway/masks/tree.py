@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from headway.errors import MaskError
-from headway.masks.base import Blocks, Mask, Rule, Tiles, Witness
+from headway.masks.base import Mask, Rule, Witness
 from headway.masks.causal import Align, check_align
 from headway.masks.frame import Frame
+from headway.masks.tiles import Blocks, Tiles, per_tile
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -57,7 +58,7 @@ class Tree(Mask):
         return (self.rank, self.end)
 
     def __repr__(self) -> str:
-        return f"Tree({self.rank.numel()} tokens)"
+        return f"Tree({self.rank.numel()} tokens{'' if self.align is None else f', align={self.align!r}'})"
 
     def check(self, frame: Frame) -> None:
         frame.offset(self.align)
@@ -69,13 +70,21 @@ class Tree(Mask):
             )
 
     def rule(self, frame: Frame) -> Rule:
-        rank, end = self.rank.to(frame.device), self.end.to(frame.device)
-        shift = frame.offset(self.align)
-        own = rank[shift : shift + frame.q_len]
+        own, rank, end = self._placed(frame)
         return lambda b, h, q, k: (rank[k] <= own[q]) & (own[q] < end[k])
 
-    def blocks(self, frame: Frame, tiles: Tiles) -> Blocks | None:
-        return None
+    def _placed(self, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+        """Each query's rank, and each key's rank and end."""
+        rank, shift = self.moved(self.rank, frame.device), frame.offset(self.align)
+        return rank[shift : shift + frame.q_len], rank, self.moved(self.end, frame.device)
+
+    def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
+        own, rank, end = (per_tile(numbers, tiles.size) for numbers in self._placed(frame))
+        low, high = own.amin(-1)[:, None], own.amax(-1)[:, None]
+        return Blocks.of(
+            some=((rank.amin(-1) <= high) & (low < end.amax(-1)))[None, None],
+            every=((rank.amax(-1) <= low) & (high < end.amin(-1)))[None, None],
+        )
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         lower = self.align == "lower-right" or frame.q_len == frame.kv_len

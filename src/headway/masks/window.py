@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from headway.errors import MaskError
 from headway.masks.band import Band
-from headway.masks.base import Blocks, Mask, Rule, Tiles, Witness
+from headway.masks.base import Mask, Rule, Witness
 from headway.masks.causal import Align, check_align
 from headway.masks.frame import Frame
+from headway.masks.tiles import Blocks, Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Window(Mask):
                 raise MaskError(f"got {side}={size!r}, takes an int of 0 or more, or None for no bound")
 
     def band(self, frame: Frame) -> Band:
-        return Band(self.left, self.right, frame.offset(self.align))
+        return Band(self.left, self.right, frame.offset(self.align)).within(frame)
 
     def check(self, frame: Frame) -> None:
         frame.offset(self.align)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.masks.band import Band
 from headway.masks.base import Mask
+from headway.masks.documents import Documents, Packing
 from headway.masks.frame import Frame
 from headway.masks.terms import terms
 
@@ -16,24 +18,54 @@ _ALIGN = 8
 
 
 def to_xformers(mask: Mask, frame: Frame, dtype: torch.dtype) -> Any:
-    """An `xformers.ops.fmha.attn_bias` object, a tensor (batch, heads, queries, keys), or None for no mask."""
+    """An `xformers.ops.fmha.attn_bias` object, a tensor (batch, heads, queries, keys), or None for no mask.
+
+    Documents become a bias over all batch entries laid end to end, which is how xFormers takes packed sequences.
+    """
+    mask.check(frame)
+    parts = terms(mask, frame)
+    if not parts.kinds(frame):
+        return None
+    bias = None
+    if not (parts.rest or parts.padding or parts.alibi or parts.bias):
+        packed = parts.documents
+        bias = _banded(parts.band, frame, dtype) if packed is None else _packed(packed, parts.band, frame)
+    return _aligned(mask.to_additive(frame, dtype), frame) if bias is None else bias
+
+
+def _banded(band: Band | None, frame: Frame, dtype: torch.dtype) -> Any:
     from xformers.ops.fmha import attn_bias
 
-    parts = terms(mask, frame)
-    kinds = parts.kinds(frame)
-    if not kinds:
-        return None
-    if kinds <= {"causal", "causal-upper-left"}:
+    assert band is not None
+    if band.left is None and band.right == 0 and band.offset == 0:
         return attn_bias.LowerTriangularMask()
-    # With more queries than keys the first rows see nothing, which its class gets wrong and a tensor gets right.
-    if kinds == {"causal-lower-right"} and frame.q_len <= frame.kv_len:
+    # With more queries than keys the first rows see nothing, which its classes get wrong and a tensor gets right.
+    if band.offset != frame.kv_len - frame.q_len or frame.q_len > frame.kv_len:
+        return None
+    if band.left is None and band.right == 0:
         return attn_bias.LowerTriangularFromBottomRightMask()
-    if parts.documents is not None and kinds <= {"documents", "documents-cross", "causal"}:
-        packed = (parts.documents.queries, parts.documents.keys)
-        q_lengths, k_lengths = (packing.starts.diff().tolist() * frame.batch for packing in packed)
-        blocks = attn_bias.BlockDiagonalMask.from_seqlens(q_lengths, k_lengths, device=frame.device)
-        return blocks.make_causal() if parts.band is not None else blocks
-    return _aligned(mask.to_additive(frame, dtype), frame)
+    if dtype == torch.float32:
+        return None  # only its flash kernels know windows, and they take half precision alone
+    left, right = (frame.kv_len if size is None else size for size in (band.left, band.right))
+    return attn_bias.LocalAttentionFromBottomRightMask(window_left=left, window_right=right)
+
+
+def _packed(documents: Documents, band: Band | None, frame: Frame) -> Any:
+    from xformers.ops.fmha import attn_bias
+
+    # A band over two different packings is not a band within each document, nor are its windows ahead any class.
+    if band is not None and (not documents.one_packing or band.right != 0):
+        return None
+    q_lengths, k_lengths = (_lengths(packing) * frame.batch for packing in (documents.queries, documents.keys))
+    blocks = attn_bias.BlockDiagonalMask.from_seqlens(q_lengths, k_lengths, device=frame.device)
+    if band is None:
+        return blocks
+    return blocks.make_causal() if band.left is None else blocks.make_local_attention(band.left + 1)
+
+
+def _lengths(packing: Packing) -> list[int]:
+    """The documents' lengths on the host, where xFormers wants them; read back if only a device knows them."""
+    return packing.starts.diff().tolist() if packing.lengths is None else list(packing.lengths)
 
 
 def _aligned(bias: Tensor, frame: Frame) -> Tensor:

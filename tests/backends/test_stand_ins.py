@@ -1,0 +1,69 @@
+"""Backends whose kernels need a GPU, on stand-ins that take what the kernels take: all that they say is checked here."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from typing import Any
+
+import pytest
+import stand_ins
+import torch
+from accepts import ACCEPTS
+from agreement import Call, answered, judge
+from deck import DECK, Case
+from torch import Tensor
+
+from headway.backends.kernel import Extras
+
+CUDA_ONLY = ("flash2", "flash3", "flash4", "sage", "torch-varlen", "sdpa-cudnn", "sdpa-efficient")
+MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute", "sage": "sageattention"}
+
+
+@pytest.fixture
+def kernel(backend: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend's file, with its package's stand-in where it will look."""
+    if backend in MODULES:
+        made = getattr(stand_ins, backend)()
+        monkeypatch.setitem(sys.modules, MODULES[backend], made)
+        if backend == "flash4":
+            monkeypatch.setitem(sys.modules, "flash_attn", stand_ins.module("flash_attn"))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_ins.varlen_attn)
+    monkeypatch.setattr("torch._scaled_dot_product_cudnn_attention", stand_ins.cudnn)
+    monkeypatch.setattr("torch._scaled_dot_product_efficient_attention", stand_ins.efficient)
+    return importlib.import_module(f"headway.backends.{backend.replace('-', '_')}")
+
+
+def cases() -> list[object]:
+    """All that the backend accepts on an H200; its layout is made plain before a kernel sees it."""
+    return [
+        pytest.param(backend, case, id=f"{backend}-{case.name}")
+        for backend in CUDA_ONLY
+        for case in DECK.values()
+        if case.name in ACCEPTS["h200"][backend].learns | ACCEPTS["h200"][backend].infers and not case.dropout
+    ]
+
+
+@pytest.mark.parametrize(("backend", "case"), cases())
+def test_says_to_its_kernel_what_was_asked(backend: str, case: Case, kernel: Any) -> None:
+    learns = case.name in ACCEPTS["h200"][backend].learns
+    call = case.draw("float32", "cpu", learns=learns)
+    judge(call, answered(lambda: attend(kernel, call, learns=learns), call.learnt() if learns else {}, call.q.dtype), learns=learns)
+
+
+def attend(kernel: Any, call: Call, *, learns: bool) -> tuple[Tensor, Tensor | None]:
+    """As the plan of a call would."""
+    scale = 1 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
+    extras = Extras(scale, 0.0, call.softcap, call.sinks, call.return_lse, needs_grad=learns)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
+    out, lse = kernel.attend(q, k, v, kernel.lower(call.mask, call.frame(), q.dtype), extras)
+    return out, lse if call.return_lse else None
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4", "sdpa-cudnn", "sdpa-efficient", "torch-varlen"])
+def test_an_lse_that_nobody_asked_for_is_not_promised(backend: str, kernel: Any) -> None:
+    call = DECK["mask documents"].draw("float32", "cpu", learns=False)
+    extras = Extras(0.125)
+    out, _ = kernel.attend(call.q, call.k, call.v, kernel.lower(call.mask, call.frame(), call.q.dtype), extras)
+    assert out.shape == call.q.shape
