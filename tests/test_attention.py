@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -107,16 +108,6 @@ def test_all_that_learns_gets_a_gradient_even_where_there_is_nothing(kv_len: int
     assert all(not g.any() for g in grads)
 
 
-def test_features_of_size_zero_weigh_all_keys_alike(device: str) -> None:
-    q, k, _ = draw(1, 2, 5, 0, device=device)
-    _, _, v = draw(1, 2, 5, 16, device=device)
-    try:
-        out = attention(q, k, v)
-    except HeadwayError:
-        return  # refused is as good
-    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 1, 16), (1, 1, 1, 1), (1, 3, 1, 8), (3, 1, 2, 16)], ids=str)
 @pytest.mark.parametrize(("device", "backend"), RUNNING)
 def test_ones(device: str, backend: str, shape: tuple[int, ...]) -> None:
@@ -179,9 +170,10 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "two dtypes": (r"got q torch.float32, k torch.float16.*takes one .*cast", lambda: attention(q, k.half(), v)),
         "integers": (r"got q torch.int32.*takes one floating-point dtype", lambda: attention(q.int(), k.int(), v.int())),
         "complex": (r"got q torch.complex64.*takes", lambda: attention(q + 0j, k + 0j, v + 0j)),
-        "two batches": (r"got .*takes the same batch", lambda: attention(q, k[:1], v[:1])),
-        "v of another batch": (r"got .*takes the same batch", lambda: attention(q, k, v[:1])),
-        "two head sizes": (r"got .*same head_dim in q and k", lambda: attention(q, k[..., :8], v)),
+        "features of size 0": (r"got q \[2, 4, 6, 0\].*takes a head_dim of 1", lambda: attention(q[..., :0], k[..., :0], v)),
+        "two batches": (r"got .*takes one batch for all", lambda: attention(q, k[:1], v[:1])),
+        "v of another batch": (r"got .*takes one batch for all", lambda: attention(q, k, v[:1])),
+        "two head sizes": (r"got .*one head_dim for q and k", lambda: attention(q, k[..., :8], v)),
         "two lengths in k and v": (r"got .*same heads and keys in k and v", lambda: attention(q, k, v[:, :, :3])),
         "two heads in k and v": (r"got .*same heads and keys in k and v", lambda: attention(q, k, v[:, :2])),
         "heads that do not share": (r"got 4 query heads and 3 key heads; takes", lambda: attention(q, k[:, :3], v[:, :3])),
@@ -237,7 +229,7 @@ def test_explain_says_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (Causal(), "pass align='upper-left'.*or align='lower-right'"),
         (Documents([3, 4]), "documents of 7 tokens"),
-        (Padding([1, 2, 3]), "padding for 3 batch entries, takes 2"),
+        (Padding([1, 2, 3]), "padding for 3 batch entries, takes"),
         (Padding([99, 1]), "a length of 99, takes at most"),
         (Dense(torch.ones(3, 3, dtype=torch.bool)), "takes 1 or"),
         (Bias(torch.ones(7, 6, 9)), "takes 1 or"),
@@ -322,7 +314,7 @@ def test_a_name_never_falls_back(device: str) -> None:
 
 def test_auto_says_why_and_why_not(device: str) -> None:
     text = str(headway.explain(*draw(1, 1, 4, 16, device=device), softcap=2.0))
-    assert "asked    batch 1, heads 1, length 4, head_dim 16" in text
+    assert re.search("asked +batch 1, heads 1, length 4, head_dim 16", text)
     assert "softcap" in text
     for name in NAMES:
         assert name in text
@@ -359,7 +351,8 @@ def test_lse_is_the_log_of_the_denominator(dtype: torch.dtype, device: str) -> N
     _, lse = attention(q, k, v, mask=Causal(), return_lse=True, scale=0.3)
     scores = (q.double() @ k.double().transpose(-1, -2)) * 0.3
     scores = scores.masked_fill(~torch.ones(10, 10, dtype=torch.bool, device=device).tril(), float("-inf"))
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    close = 1e-3 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=close, atol=close)
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 

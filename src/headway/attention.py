@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from headway.backends.kernel import Extras, Kernel
@@ -26,6 +27,8 @@ from headway.masks.frame import Frame
 from headway.masks.terms import rows_may_be_empty, terms
 
 ENVIRONMENT = "HEADWAY_BACKEND"
+_ENVIRON: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # os.environ itself takes a microsecond
+_IN_ENVIRON = os.environ.encodekey(ENVIRONMENT)
 
 
 @overload
@@ -71,20 +74,23 @@ def attention(
     >>> attention(q, k, v, mask=Causal()).shape
     torch.Size([1, 2, 5, 16])
     """
+    if type(require) is not tuple and type(require) is not str:
+        require = tuple(require)  # read once: it may be a generator
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         return _autocast(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-    if is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or maybe_current_level() is not None:
+    if is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or _transformed():
         return _traced(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
     # Everything a plan depends on. What tensors hold is never a part of it, so nothing waits for a device.
     key = (
-        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
         (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or (q.stride(), k.stride(), v.stride()),
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         mask if mask is None else _mask_key(mask, q, k),
-        scale is None or 0 < scale < math.inf, 0.0 if dropout == 0.0 else 0 < dropout < 1, softcap and softcap > 0,
-        None if sinks is None else (sinks.shape, sinks.device, sinks.requires_grad),
-        backend, require if type(require) in (tuple, str) else tuple(require), return_lse,
+        scale is None or (0 < scale < math.inf, -math.inf < scale < math.inf), dropout == 0, 0 <= dropout < 1,
+        softcap is None or 0 < softcap < math.inf, softcap is None,
+        None if sinks is None else (sinks.shape, sinks.device, torch.is_grad_enabled() and sinks.requires_grad),
+        _ENVIRON.get(_IN_ENVIRON) if backend == "auto" else backend, require, return_lse,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     plan = _PLANS.get(key)
@@ -143,7 +149,10 @@ class Plan:
         self.empty = self.copies = False
         self.return_lse = extras.lse
         self.plain = mask is None or not mask.tensors
-        self._lowered = self.kernel.lower(mask, frame, dtype) if self.plain and frame.q_len and frame.kv_len else None
+        self._lowered = None
+        if self.plain and frame.q_len and frame.kv_len:
+            with torch.inference_mode(False):  # a plan made for inference serves training too
+                self._lowered = self.kernel.lower(mask, frame, dtype)
 
     def run(
         self,
@@ -157,7 +166,7 @@ class Plan:
         sinks: Tensor | None,
     ) -> Any:
         if self.empty:
-            return _nothing(q, k, v, self.return_lse)
+            return _nothing(q, k, v, mask, sinks, self.return_lse)
         if self.copies:
             q, k, v = (x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         extras = self.extras
@@ -177,7 +186,8 @@ class Plan:
         at = ("lowered", self.backend.name, self.frame, dtype)
         found = mask.memo.get(at)
         if found is None or found[0] != versions:
-            found = mask.memo[at] = (versions, self.kernel.lower(mask, self.frame, dtype))
+            with torch.inference_mode(False):
+                found = mask.memo[at] = (versions, self.kernel.lower(mask, self.frame, dtype))
         return found[1]
 
 
@@ -227,7 +237,7 @@ def _request(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None, dropout: float, softcap: float | None,
     sinks: Tensor | None, require: Iterable[str], return_lse: bool,
 ) -> Request:  # fmt: skip
-    _check(q, k, v, mask, dropout, softcap, sinks)
+    _check(q, k, v, mask, scale, dropout, softcap, sinks)
     facts = None if mask is None else _facts(mask, q, k)
     tensors = (q, k, v) if sinks is None else (q, k, v, sinks)
     mask_needs_grad = facts is not None and facts.needs_grad
@@ -258,8 +268,9 @@ def _request(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: object, dropout: float, softcap: float | None, sinks: Tensor | None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float | None, dropout: float, softcap: float | None,
+    sinks: Tensor | None,
+) -> None:  # fmt: skip
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise RequestError(f"got {shapes}; takes (batch, heads, length, head_dim) for each: add the axes that lack")
@@ -282,10 +293,14 @@ def _check(
             f"got a mask of type {type(mask).__name__}; takes a typed mask:"
             " headway.masks.from_sdpa(tensor) for PyTorch's (True = may), from_key_padding_mask(tensor) for nn.MultiheadAttention's (True = blocked)"
         )
+    if q.shape[3] == 0:
+        raise RequestError(f"got {shapes}; takes a head_dim of 1 or more: there is nothing to compare")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise RequestError(f"got scale={scale}; takes a finite number, or None for 1 / sqrt(head_dim)")
     if not 0 <= dropout < 1:
         raise RequestError(f"got dropout={dropout}; takes a share from 0 to below 1")
-    if softcap is not None and not softcap > 0:
-        raise RequestError(f"got softcap={softcap}; takes a positive number, or None for no cap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise RequestError(f"got softcap={softcap}; takes a positive, finite number, or None for no cap")
     if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.device != q.device):
         raise RequestError(
             f"got sinks {list(sinks.shape)} on {sinks.device}; takes one logit per query head, on {q.device}"
@@ -307,7 +322,7 @@ def _frame(q: Tensor, k: Tensor) -> Frame:
 def _mask_key(mask: Mask, q: Tensor, k: Tensor) -> Mask | Facts:
     """A mask that is a plain value stands for itself; of one that holds tensors a plan depends on its facts."""
     if not isinstance(mask, Mask):
-        _check(q, k, k, mask, 0.0, None, None)
+        _check(q, k, k, mask, None, 0.0, None, None)
     return _facts(mask, q, k) if mask.tensors else mask
 
 
@@ -347,8 +362,8 @@ def _is_aligned(x: Tensor) -> bool:
 
 
 def _transformed() -> bool:
-    """True inside a torch.func transform."""
-    return maybe_current_level() is not None
+    """True inside a torch.func transform, or where dual numbers carry derivatives forward."""
+    return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 # -- calls that are not planned -----------------------------------------------------------------------------------
@@ -371,9 +386,9 @@ def _traced(
     sinks: Tensor | None, backend: str, require: Iterable[str], return_lse: bool,
 ) -> Any:  # fmt: skip
     """The call inside torch.compile, torch.export or torch.func, and for tensor subclasses: nothing is remembered."""
-    _check(q, k, v, mask, dropout, softcap, sinks)
+    _check(q, k, v, mask, scale, dropout, softcap, sinks)
     if not (q.shape[2] and k.shape[2] and q.shape[0] and q.shape[1] and q.shape[3] and v.shape[3]):
-        return _nothing(q, k, v, return_lse)
+        return _nothing(q, k, v, mask, sinks, return_lse)
     frame = _frame(q, k)
     facts = None
     if mask is not None:
@@ -428,12 +443,15 @@ def _entry_for(
     return chosen.entry
 
 
-def _nothing(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
+def _nothing(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, sinks: Tensor | None, return_lse: bool) -> Any:
     """The result where there is nothing to attend to: zeros, and zero gradients, that stay in the graph."""
+    inputs = (q, k, v, *(() if sinks is None else (sinks,)), *(() if mask is None else mask.tensors))
     never = torch.zeros((), dtype=torch.bool, device=q.device)
-    held = torch.where(never, q.sum() + k.sum() + v.sum(), 0.0).to(q.dtype)
+    held = sum(torch.where(never, x.sum().to(q), 0.0) for x in inputs if x.requires_grad)
     out = q.new_zeros(*q.shape[:3], v.shape[3]) + held
     if not return_lse:
         return out
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
+    # The sink is all that is left of a row's denominator.
+    lse = q.new_full((), float("-inf"), dtype=wide) if sinks is None else sinks.to(wide)[:, None]
+    return out, lse.expand(q.shape[:3]).contiguous()

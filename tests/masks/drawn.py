@@ -11,7 +11,17 @@ from by_hand import Sees
 from hypothesis import strategies as st
 
 from headway.masks import (
-    Causal, Dense, Documents, Frame, Full, Mask, Padding, Predicate, Prefix, Tree, Window,
+    Causal,
+    Dense,
+    Documents,
+    Frame,
+    Full,
+    Mask,
+    Padding,
+    Predicate,
+    Prefix,
+    Tree,
+    Window,
 )  # fmt: skip
 
 Draw = Callable[[st.SearchStrategy], object]
@@ -78,7 +88,11 @@ def leaves(draw: Draw, frame: Frame, structured: bool = False) -> Pair:
         side, each = draw(st.sampled_from(("left", "right"))), draw(st.lists(keys, min_size=rows, max_size=rows))
         return Pair(Padding(each, side=side), by_hand.padding(frame, each, side))
     if kind == "real":
-        real = draw(st.lists(st.lists(st.booleans(), min_size=frame.kv_len, max_size=frame.kv_len), min_size=rows, max_size=rows))
+        real = draw(
+            st.lists(
+                st.lists(st.booleans(), min_size=frame.kv_len, max_size=frame.kv_len), min_size=rows, max_size=rows
+            )
+        )
         return Pair(Padding(torch.tensor(real)), lambda b, h, q, k: real[b if rows > 1 else 0][k])
     if kind == "tree":
         count = draw(st.integers(1, 4))
@@ -93,7 +107,8 @@ def leaves(draw: Draw, frame: Frame, structured: bool = False) -> Pair:
         whole = may.expand(frame.batch, frame.heads, frame.q_len, frame.kv_len).tolist()
         return Pair(Dense(may), lambda b, h, q, k: whole[b][h][q][k])
     return Pair(
-        Predicate(lambda b, h, q, k: (2 * b + h + 3 * q + k) % 4 != 1), lambda b, h, q, k: (2 * b + h + 3 * q + k) % 4 != 1
+        Predicate(lambda b, h, q, k: (2 * b + h + 3 * q + k) % 4 != 1),
+        lambda b, h, q, k: (2 * b + h + 3 * q + k) % 4 != 1,
     )
 
 

@@ -16,7 +16,20 @@ from torch.nn.attention.flex_attention import create_mask
 
 from headway import MaskError
 from headway.masks import (
-    Alibi, And, Bias, Causal, Dense, Documents, Frame, Full, Mask, Padding, Predicate, Prefix, Tree, Window,
+    Alibi,
+    And,
+    Bias,
+    Causal,
+    Dense,
+    Documents,
+    Frame,
+    Full,
+    Mask,
+    Padding,
+    Predicate,
+    Prefix,
+    Tree,
+    Window,
 )  # fmt: skip
 
 FRAME = Frame(4, 4)
@@ -95,7 +108,7 @@ def test_sums_are_made_in_float32_at_least() -> None:
 
 
 def test_a_mask_for_all_stays_one_row() -> None:
-    """What does not vary over an axis must not grow to it: at 16,384 keys that is the difference of 16 KB and 256 MB."""
+    """What does not vary over an axis must not grow to it: at 16,384 keys it is 16 KB or 256 MB."""
     frame = Frame(64, 64, batch=8, heads=4)
     padding, dense, bias = Padding([3]), Dense(torch.ones(64, 64).bool()), Bias(torch.zeros(64, 64))
     for mask in (padding, dense, dense & padding, ~padding, padding | dense, Prefix(3)):

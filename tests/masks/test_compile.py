@@ -8,7 +8,20 @@ from torch import Tensor
 
 from headway import MaskError
 from headway.masks import (
-    Alibi, Bias, Causal, Dense, Documents, Frame, Full, Mask, Not, Padding, Predicate, Prefix, Tree, Window,
+    Alibi,
+    Bias,
+    Causal,
+    Dense,
+    Documents,
+    Frame,
+    Full,
+    Mask,
+    Not,
+    Padding,
+    Predicate,
+    Prefix,
+    Tree,
+    Window,
 )  # fmt: skip
 
 FRAME = Frame(6, 6, batch=2, heads=2)
@@ -88,5 +101,7 @@ def test_other_lengths_are_no_other_program() -> None:
 def test_lengths_that_would_have_to_be_read() -> None:
     torch._dynamo.reset()
     traced = torch.compile(lambda n: Documents(n).to_bool(FRAME), fullgraph=True, backend="eager")
-    with pytest.raises((MaskError, torch._dynamo.exc.Unsupported), match=r"from_cu_seqlens\(\.\.\., longest=, total=\)"):
+    with pytest.raises(
+        (MaskError, torch._dynamo.exc.Unsupported), match=r"from_cu_seqlens\(\.\.\., longest=, total=\)"
+    ):
         traced(torch.tensor([2, 4]))

@@ -80,7 +80,11 @@ def test_a_finite_bias_stays_finite_in_a_narrow_dtype(dtype: torch.dtype, number
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 1, 1), (2, 2, 3, 4)])
 def test_gradient_reaches_the_bias(shape: tuple[int, ...]) -> None:
-    for join in (lambda b: b, lambda b: b & Causal(align="lower-right"), lambda b: b & Bias(torch.zeros(3, 4)) & Padding([3])):
+    for join in (
+        lambda b: b,
+        lambda b: b & Causal(align="lower-right"),
+        lambda b: b & Bias(torch.zeros(3, 4)) & Padding([3]),
+    ):
         bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         mask = join(Bias(bias))
         weight = torch.randn(2, 2, 3, 4, dtype=torch.float64)

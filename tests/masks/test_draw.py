@@ -66,7 +66,9 @@ def test_the_picture_is_the_mask(tmp_path: Path) -> None:
     grey = pyplot.imread(path)[..., :3].mean(-1)
     dark = torch.tensor(grey < 0.5)
     # The lines around it are the only ones dark from end to end.
-    (top, *_, bottom), (left, *_, right) = ((n > n.max() * 0.95).nonzero().flatten().tolist() for n in (dark.sum(1), dark.sum(0)))
+    (top, *_, bottom), (left, *_, right) = (
+        (n > n.max() * 0.95).nonzero().flatten().tolist() for n in (dark.sum(1), dark.sum(0))
+    )
     quarters = [(y, x) for y in (0.25, 0.75) for x in (0.25, 0.75)]
     seen = [bool(dark[top + int((bottom - top) * y), left + int((right - left) * x)]) for y, x in quarters]
     assert seen == [True, False, False, True]

@@ -12,7 +12,12 @@ from torch.nn import functional
 
 from headway import MaskError
 from headway.masks import (
-    Frame, Mask, from_attn_mask, from_key_padding_mask, from_sdpa, from_transformers,
+    Frame,
+    Mask,
+    from_attn_mask,
+    from_key_padding_mask,
+    from_sdpa,
+    from_transformers,
 )  # fmt: skip
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 2, 5, 8
@@ -113,15 +118,30 @@ def test_transformers_numbers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: from_key_padding_mask(torch.ones(1, 1, 3).bool()), r"got key_padding_mask bool\[1, 1, 3\], takes \(batch, keys\)"),
+        (
+            lambda: from_key_padding_mask(torch.ones(1, 1, 3).bool()),
+            r"got key_padding_mask bool\[1, 1, 3\], takes \(batch, keys\)",
+        ),
         (lambda: from_key_padding_mask(torch.ones(1, 3).long()), r"got key_padding_mask int64\[1, 3\].*True = blocked"),
-        (lambda: from_attn_mask(torch.ones(3, 2, 2), 2), r"got attn_mask float32\[3, 2, 2\], takes batch \* 2 heads in front"),
+        (
+            lambda: from_attn_mask(torch.ones(3, 2, 2), 2),
+            r"got attn_mask float32\[3, 2, 2\], takes batch \* 2 heads in front",
+        ),
         (lambda: from_attn_mask(torch.ones(3), 2), r"got attn_mask float32\[3\], takes \(queries, keys\) or"),
         (lambda: from_attn_mask(torch.ones(3, 3).long(), 2), r"got attn_mask int64\[3, 3\].*True = blocked"),
         (lambda: from_sdpa(torch.ones(3, 3).long()), r"got attn_mask int64\[3, 3\].*True = may"),
-        (lambda: from_transformers(torch.ones(1, 3)), r"got attention_mask float32\[1, 3\].*pass attention_mask.bool\(\)"),
-        (lambda: from_transformers(torch.ones(1, 3, 3)), r"got attention_mask float32\[1, 3, 3\], takes \(batch, keys\) or"),
-        (lambda: from_transformers(torch.ones(1, 1, 3, 3).long()), r"got attention_mask int64\[1, 1, 3, 3\].*bool \(True = may\)"),
+        (
+            lambda: from_transformers(torch.ones(1, 3)),
+            r"got attention_mask float32\[1, 3\].*pass attention_mask.bool\(\)",
+        ),
+        (
+            lambda: from_transformers(torch.ones(1, 3, 3)),
+            r"got attention_mask float32\[1, 3, 3\], takes \(batch, keys\) or",
+        ),
+        (
+            lambda: from_transformers(torch.ones(1, 1, 3, 3).long()),
+            r"got attention_mask int64\[1, 1, 3, 3\].*bool \(True = may\)",
+        ),
     ],
 )
 def test_refusals(make, words: str) -> None:

@@ -117,7 +117,9 @@ def test_a_tensor_on_another_device_is_refused_with_the_fix(make) -> None:
 
 def test_tensors_on_two_devices() -> None:
     here, there = torch.zeros(4), torch.zeros(4, device="meta")
-    with pytest.raises(MaskError, match=r"captures tensors on several devices \(here on cpu, there on meta\); move them"):
+    with pytest.raises(
+        MaskError, match=r"captures tensors on several devices \(here on cpu, there on meta\); move them"
+    ):
         Predicate(lambda b, h, q, k: here[q] == there[k])
 
 

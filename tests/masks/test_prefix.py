@@ -36,7 +36,7 @@ def test_equality_is_always_a_plain_yes_or_no() -> None:
     assert Prefix(3) == Prefix(3) != Prefix(4)
     assert (Prefix(3) == tensor) is False
     assert (tensor == Prefix(3)) is False
-    assert tensor == tensor  # noqa: PLR0124
+    assert tensor == tensor
     assert tensor != Prefix(torch.tensor([3]))
     assert (Prefix(3) == 3) is False
     assert hash(Prefix(3)) == hash(Prefix(3))

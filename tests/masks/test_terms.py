@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.masks import (
-    Alibi, Bias, Causal, Dense, Documents, Frame, Full, Mask, Padding, Prefix, Tree, Window,
+    Alibi,
+    Bias,
+    Causal,
+    Dense,
+    Documents,
+    Frame,
+    Full,
+    Mask,
+    Padding,
+    Prefix,
+    Tree,
+    Window,
 )  # fmt: skip
 from headway.masks.band import Band
 from headway.masks.terms import rows_may_be_empty, terms
@@ -34,8 +45,10 @@ def test_terms_mean_what_the_mask_means(data: st.DataObject) -> None:
         band, offset = found.band, found.band.offset
         keep &= by_hand.table(
             frame,
-            lambda b, h, q, k: (band.left is None or k >= q + offset - band.left)
-            and (band.right is None or k <= q + offset + band.right),
+            lambda b, h, q, k: (
+                (band.left is None or k >= q + offset - band.left)
+                and (band.right is None or k <= q + offset + band.right)
+            ),
         )
         assert (band.left, band.right) != (None, None)
     for part in (found.documents, found.padding, *found.rest):
@@ -128,7 +141,11 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("mask", "frame", "words"), KINDS, ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else repr(value))
+@pytest.mark.parametrize(
+    ("mask", "frame", "words"),
+    KINDS,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else repr(value),
+)
 def test_kinds(mask: Mask | None, frame: Frame, words: set[str]) -> None:
     assert terms(mask, frame).kinds(frame) == words
 

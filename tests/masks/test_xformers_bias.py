@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import sys
 import types
@@ -18,10 +19,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headway.masks import (
-    Alibi, Bias, Causal, Dense, Documents, Frame, Full, Padding, Window,
+    Alibi,
+    Bias,
+    Causal,
+    Dense,
+    Documents,
+    Frame,
+    Full,
+    Padding,
+    Window,
 )  # fmt: skip
 
-# -- a stand-in: the classes of xformers.ops.fmha.attn_bias that are used, as their documentation has them --------------
+# -- a stand-in: the classes of xformers.ops.fmha.attn_bias that are used, as their documentation has them ------------
 
 
 class Stands:
@@ -54,7 +63,6 @@ class LocalAttentionFromBottomRightMask(Stands):
 class BlockDiagonalMask(Stands):
     q_lengths: list[int]
     k_lengths: list[int]
-    size: int | None = None
 
     @classmethod
     def from_seqlens(cls, q_seqlen: list[int], kv_seqlen: list[int] | None = None, *, device: object) -> Any:
@@ -64,9 +72,6 @@ class BlockDiagonalMask(Stands):
 
     def make_causal(self) -> Any:
         return BlockDiagonalCausalMask(self.q_lengths, self.k_lengths)
-
-    def make_local_attention(self, window_size: int) -> Any:
-        return BlockDiagonalCausalLocalAttentionMask(self.q_lengths, self.k_lengths, window_size)
 
     def sees(self, q: int, k: int, shift: int) -> bool:
         (q_doc, q), (k_doc, k) = place(q, self.q_lengths), place(k, self.k_lengths)
@@ -81,12 +86,6 @@ class BlockDiagonalCausalMask(BlockDiagonalMask):
         return k <= q
 
 
-class BlockDiagonalCausalLocalAttentionMask(BlockDiagonalCausalMask):
-    def within(self, q: int, k: int) -> bool:
-        assert self.size is not None
-        return q - self.size < k <= q
-
-
 def place(token: int, lengths: list[int]) -> tuple[int, int]:
     """A token's document, and its index there."""
     for document, (start, end) in enumerate(itertools.pairwise(itertools.accumulate(lengths, initial=0))):
@@ -97,14 +96,14 @@ def place(token: int, lengths: list[int]) -> tuple[int, int]:
 
 CLASSES = (
     LowerTriangularMask, LowerTriangularFromBottomRightMask, LocalAttentionFromBottomRightMask, BlockDiagonalMask,
-    BlockDiagonalCausalMask, BlockDiagonalCausalLocalAttentionMask,
+    BlockDiagonalCausalMask,
 )  # fmt: skip
 
 
-@pytest.fixture(params=["stand-in", "installed"])
+@pytest.fixture(params=["stand-in", "installed"] if importlib.util.find_spec("xformers") else ["stand-in"])
 def attn_bias(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     if request.param == "installed":
-        yield pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xformers is not installed")
+        yield importlib.import_module("xformers.ops.fmha.attn_bias")
         return
     names = ("xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias")
     modules = [types.ModuleType(name) for name in names]
@@ -117,7 +116,7 @@ def attn_bias(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     yield modules[-1]
 
 
-# -- tests --------------------------------------------------------------------------------------------------------------
+# -- tests ------------------------------------------------------------------------------------------------------------
 
 
 def materialized(bias: Any, frame: Frame) -> Tensor:
@@ -161,13 +160,13 @@ NATIVE = [
     (Documents([2, 0, 4]), SQUARE, "BlockDiagonalMask"),
     (Documents([1, 2], [3, 4]), WIDE, "BlockDiagonalMask"),
     (Documents([2, 4]) & Causal(), SQUARE, "BlockDiagonalCausalMask"),
-    (Documents([2, 4]) & Window(2, 0), SQUARE, "BlockDiagonalCausalLocalAttentionMask"),
     (Documents.from_cu_seqlens(torch.tensor([0, 2, 6]), longest=4, total=6), SQUARE, "BlockDiagonalMask"),
 ]
 TENSOR = [
     (Window(1, 2, align="upper-left"), WIDE),
     (Documents([2, 4], [4, 2]) & Causal(), SQUARE),  # not causal within each document
-    (Documents([2, 4]) & Window(1, 1), SQUARE),
+    (Documents([2, 4]) & Window(2, 0), SQUARE),
+    (Causal(align="lower-right"), Frame(7, 3, 2, 2)),  # rows that see nothing
     (Documents([2, 4]) & Documents([3, 3]), SQUARE),
     (Causal() & Padding([3, 6]), SQUARE),
     (Dense(torch.eye(6).bool()), SQUARE),
@@ -182,8 +181,24 @@ def test_native(attn_bias: Any, mask: Any, frame: Frame, name: str | None) -> No
     assert torch.equal(materialized(bias, frame), want)
 
 
-def test_no_kernel_takes_a_window_in_float32(attn_bias: Any) -> None:
-    assert isinstance(Window(1, 2).to_xformers(SQUARE, torch.float32), Tensor)
+@pytest.mark.parametrize(
+    ("dtype", "capability", "native"),
+    [
+        (torch.bfloat16, (9, 0), True),
+        (torch.float16, (8, 0), True),
+        (torch.float16, (7, 5), False),
+        (torch.float32, (9, 0), False),
+    ],
+)
+def test_windows_where_a_kernel_knows_them(
+    attn_bias: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: tuple[int, int], native: bool
+) -> None:
+    flash = importlib.import_module("xformers.ops.fmha.flash")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for available in (True, False):
+        monkeypatch.setattr(flash.FwOp, "is_available", lambda available=available: available)
+        bias = Window(1, 2).to_xformers(SQUARE, dtype)
+        assert isinstance(bias, Tensor) is not (native and available)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -84,5 +84,6 @@ def _lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
         return index, index + width
 
     # Sorting the visited by index, and the others behind them, beats a stable argsort of the flags.
-    order = torch.where(tiles, *kept(_KEPT, width, device, keys)).sort(dim=-1).values
+    first, behind = kept(_KEPT, width, device, keys)
+    order = torch.where(tiles, first, behind).sort(dim=-1).values
     return tiles.sum(dim=-1, dtype=torch.int32), order.remainder_(width) if width else order

@@ -139,11 +139,11 @@ def _own(fn: Any) -> Iterator[tuple[str, Any]]:
         yield "function", fn.__func__
         yield from vars(fn.__self__).items()
     elif inspect.isfunction(fn):
-        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-            if cell.cell_contents is not fn:
-                yield name, cell.cell_contents
-        for name, parameter in inspect.signature(fn).parameters.items():
-            if parameter.default is not parameter.empty:
-                yield name, parameter.default
-    elif not inspect.isbuiltin(fn) and hasattr(fn, "__dict__"):
-        yield from vars(fn).items()
+        yield from zip(fn.__code__.co_freevars, (cell.cell_contents for cell in fn.__closure__ or ()), strict=True)
+        defaults = fn.__defaults__ or ()
+        yield from zip(fn.__code__.co_varnames[fn.__code__.co_argcount - len(defaults) :], defaults, strict=False)
+        yield from (fn.__kwdefaults__ or {}).items()
+    elif isinstance(fn, torch.nn.Module):
+        yield from (*fn.named_parameters(), *fn.named_buffers())
+    elif inspect.isfunction(getattr(type(fn), "__call__", None)) and not type(fn).__module__.startswith("torch."):
+        yield from getattr(fn, "__dict__", {}).items()

@@ -102,7 +102,7 @@ def _padding(seen: Tensor, frame: Frame) -> Padding | None:
         return None
     lengths = seen.sum(1).cpu()
     for side in ("right", "left"):
-        padding = Padding(lengths, side=side)  # type: ignore[arg-type]  # one of its words
+        padding = Padding(lengths, side=side)
         if torch.equal(padding.keep(frame)[:, 0, 0], seen):
             return padding
     return Padding(seen)

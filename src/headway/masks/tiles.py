@@ -60,9 +60,11 @@ def tiles_of(frame: Frame, size: int) -> Tiles:
     """The tiles of a frame. To launch a kernel costs more than to run one of this size, so they are kept."""
 
     def make() -> tuple[Tensor, ...]:
-        q_ends, k_ends = _ends(frame.q_len, size, frame.device), _ends(frame.kv_len, size, frame.device)
-        q_ends, k_ends = q_ends.view(2, 1, 1, -1, 1), k_ends.view(2, 1, 1, 1, -1)
-        tiles = q_ends, q_ends.flip(0), k_ends, k_ends.flip(0)
+        q = k = _ends(frame.q_len, size, frame.device)
+        if frame.q_len != frame.kv_len:
+            k = _ends(frame.kv_len, size, frame.device)
+        (q_ends, q_back), (k_ends, k_back) = q.view(2, 2, 1, 1, -1, 1), k.view(2, 2, 1, 1, 1, -1)
+        tiles = q_ends, q_back, k_ends, k_back
         if frame.q_len % size == 0 and frame.kv_len % size == 0:
             return tiles
         return *tiles, (q_ends[0] + size <= frame.q_len) & (k_ends[0] + size <= frame.kv_len)
@@ -72,8 +74,10 @@ def tiles_of(frame: Frame, size: int) -> Tiles:
 
 
 def _ends(length: int, size: int, device: torch.device) -> Tensor:
+    """Ends and back of one axis."""
     first = torch.arange(0, length, size, device=device, dtype=torch.int32)
-    return torch.stack((first, (first + (size - 1)).clamp_max(length - 1)))
+    last = (first + (size - 1)).clamp_max(length - 1)
+    return torch.stack((first, last, last, first))
 
 
 def per_tile(values: Tensor, size: int) -> Tensor:

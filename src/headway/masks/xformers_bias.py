@@ -44,23 +44,29 @@ def _banded(band: Band | None, frame: Frame, dtype: torch.dtype) -> Any:
         return None
     if band.left is None and band.right == 0:
         return attn_bias.LowerTriangularFromBottomRightMask()
-    if dtype == torch.float32:
-        return None  # only its flash kernels know windows, and they take half precision alone
+    if not _knows_windows(frame.device, dtype):
+        return None
     left, right = (frame.kv_len if size is None else size for size in (band.left, band.right))
     return attn_bias.LocalAttentionFromBottomRightMask(window_left=left, window_right=right)
+
+
+def _knows_windows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Only xFormers' flash kernels know windows: they take half precision, on devices from Ampere on."""
+    from xformers.ops.fmha import flash
+
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and flash.FwOp.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _packed(documents: Documents, band: Band | None, frame: Frame) -> Any:
     from xformers.ops.fmha import attn_bias
 
-    # A band over two different packings is not a band within each document, nor are its windows ahead any class.
-    if band is not None and (not documents.one_packing or band.right != 0):
+    # A band over two different packings is not a band within each document.
+    if band is not None and ((band.left, band.right) != (None, 0) or not documents.one_packing):
         return None
     q_lengths, k_lengths = (_lengths(packing) * frame.batch for packing in (documents.queries, documents.keys))
     blocks = attn_bias.BlockDiagonalMask.from_seqlens(q_lengths, k_lengths, device=frame.device)
-    if band is None:
-        return blocks
-    return blocks.make_causal() if band.left is None else blocks.make_local_attention(band.left + 1)
+    return blocks if band is None else blocks.make_causal()
 
 
 def _lengths(packing: Packing) -> list[int]:
