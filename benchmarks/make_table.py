@@ -31,6 +31,7 @@ def cells(rows: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     found: dict[Any, dict[str, Any]] = {}
     for row in rows:
         case = {name: row[name] for name in ("mask", "dtype", "head_dim", "q_len", "kv_len")}
+        case["sharing"] = row["heads"] // row["kv_heads"]
         case["grad"] = row["pass"] != "forward"
         cell = found.setdefault(tuple(case.values()), {**case, "ms": {}})
         cell["ms"][row["backend"]] = row["ms_p50"]

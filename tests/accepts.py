@@ -97,7 +97,8 @@ LEARNT = words(
 SCALE = words("scale; scale, causal")
 SCALE_ON_MASKS = words("scale, padding-all; scale, bias")
 ODD_SCALE = words(
-    "scale negative; scale negative, causal; scale negative, padding-all; scale 0; scale 0, causal; scale 0, padding-all"
+    "scale negative; scale negative, causal; scale negative, padding-all;"
+    " scale 0; scale 0, causal; scale 0, padding-all"
 )
 SOFTCAP = words("softcap; softcap, causal")
 SOFTCAP_ALIBI = words("softcap, heads 8:2, alibi")
@@ -154,7 +155,7 @@ ACCEPTS: dict[str, dict[str, Accepts]] = {
             learns=ANY_MASK | ONE_BY_ONE | (ALL_SIZES - OTHER_VALUES) | DETERMINISTIC | WIDE | GRAPH | NO_SYNC,
             infers=LEARNT | SINKS_LEARNT | SINKS_AND_LSE_DENSE,
         ),
-        "flex": Accepts(FLOATS, infers=FLEX - SOFTCAP_SINKS - ALL_SINKS - SINKS_LEARNT - ALL_LSE),
+        "flex": Accepts(FLOATS, infers=FLEX - SOFTCAP_SINKS - ALL_SINKS - SINKS_LEARNT - ALL_LSE - GRAPH),
         "sdpa-cudnn": Accepts(),
         "sdpa-efficient": Accepts(),
         "torch-varlen": Accepts(),

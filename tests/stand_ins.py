@@ -17,7 +17,7 @@ Window = tuple[int | None, int | None]
 
 
 def band(q_len: int, kv_len: int, causal: bool, window: Window) -> Tensor:
-    """Flash attention's: lower-right, bounds inclusive, no bound where None or negative; causal ends at the diagonal."""
+    """Flash attention's: lower-right, bounds inclusive, none where None or negative; causal ends at the diagonal."""
     left, right = (None if side is None or side < 0 else side for side in window)
     right = 0 if causal else right
     offset = kv_len - q_len

@@ -1,4 +1,4 @@
-"""Argument conservation: every argument of `headway.attention`, moved off its default, changes the result or is refused."""
+"""Argument conservation: every argument of `headway.attention`, off its default, changes the result or is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,19 @@ from test_agreement import H200, TABLES, installed
 from torch import Tensor
 
 import headway
-from headway import Alibi, Bias, Causal, Dense, Documents, NoBackendError, Padding, Prefix, Tree, UnknownNameError, Window
+from headway import (
+    Alibi,
+    Bias,
+    Causal,
+    Dense,
+    Documents,
+    NoBackendError,
+    Padding,
+    Prefix,
+    Tree,
+    UnknownNameError,
+    Window,
+)
 from headway.backends.kernel import Extras
 from headway.backends.registry import NAMES, named
 from headway.choice.choose import choose
@@ -164,7 +176,9 @@ def test_an_unknown_contract_is_an_error(require: Any) -> None:
         headway.attention(q, q, q, require=require)
 
 
-@pytest.mark.parametrize("make", [tuple, list, set, frozenset, iter, lambda words: (w for w in words)], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "make", [tuple, list, set, frozenset, iter, lambda words: (w for w in words)], ids=lambda m: m.__name__
+)
 def test_contracts_come_in_any_iterable(make: Callable[[Any], Any]) -> None:
     q = torch.randn(1, 1, 4, 8)
     with pytest.raises(NoBackendError, match="require maps"):

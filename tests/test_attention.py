@@ -45,17 +45,23 @@ RUNNING = [
 
 
 def draw(
-    *shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32, learns: bool = False, kv_len: int | None = None
+    *shape: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    learns: bool = False,
+    kv_len: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of one shape (batch, heads, length, size), of which k and v may be of another length."""
     batch, heads, length, size = shape
     lengths = (length, length if kv_len is None else kv_len, length if kv_len is None else kv_len)
-    made = (Source(name).normal(batch, heads, n, size).to(device, dtype) for name, n in zip("qkv", lengths, strict=True))
+    made = (
+        Source(name).normal(batch, heads, n, size).to(device, dtype) for name, n in zip("qkv", lengths, strict=True)
+    )
     q, k, v = (x.requires_grad_(learns) for x in made)
     return q, k, v
 
 
-# -- no numbers at all ----------------------------------------------------------------------------------------------
+# -- no numbers at all ---------------------------------------------------------------------------------------------
 
 EMPTY = {
     "no batch": ((0, 2, 5, 16), (0, 2, 5, 16)),
@@ -83,7 +89,9 @@ def test_nothing_to_attend_to_gives_zeros(device: str, backend: str, sizes: tupl
         assert all(not g.any() and g.shape == x.shape for g, x in zip(grads, (q, k, v), strict=True))
 
 
-@pytest.mark.parametrize("mask", [Causal("lower-right"), Padding([0, 0]), Bias(torch.zeros(2, 1, 5, 0)), Window(1, 1, "upper-left")])
+@pytest.mark.parametrize(
+    "mask", [Causal("lower-right"), Padding([0, 0]), Bias(torch.zeros(2, 1, 5, 0)), Window(1, 1, "upper-left")]
+)
 def test_no_keys_under_a_mask(mask: Mask, device: str) -> None:
     q, k, v = draw(2, 2, 5, 16, kv_len=0, device=device)
     assert not attention(q, k, v, mask=mask if not isinstance(mask, Bias) else Bias(mask.bias.to(device))).any()
@@ -121,7 +129,7 @@ def test_ones(device: str, backend: str, shape: tuple[int, ...]) -> None:
         assert backend not in ("auto", "reference", "sdpa-math")
 
 
-# -- rows that see nothing --------------------------------------------------------------------------------------------
+# -- rows that see nothing -------------------------------------------------------------------------------------------
 
 BLIND: dict[str, Callable[[str], Mask]] = {
     "causal, more queries than keys": lambda device: Causal("lower-right"),
@@ -158,25 +166,37 @@ def test_the_smallest_number_is_a_number_and_minus_infinity_blocks(device: str) 
     assert not attention(q, k, v, mask=headway.masks.from_transformers(lowest[None, None])).any()
 
 
-# -- calls that make no sense -------------------------------------------------------------------------------------------
+# -- calls that make no sense ------------------------------------------------------------------------------------------
 
 
 def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
     """What must be said, and the call it is said of. All start from a call that is right."""
     q, k, v = draw(2, 4, 6, 16)
     return {
-        "three axes": (r"got q \[4, 6, 16\].*; takes \(batch, heads.*add the axes", lambda: attention(q[0], k[0], v[0])),
+        "three axes": (
+            r"got q \[4, 6, 16\].*; takes \(batch, heads.*add the axes",
+            lambda: attention(q[0], k[0], v[0]),
+        ),
         "five axes": (r"got q \[1, 2.*takes", lambda: attention(q[None], k[None], v[None])),
         "two dtypes": (r"got q torch.float32, k torch.float16.*takes one .*cast", lambda: attention(q, k.half(), v)),
-        "integers": (r"got q torch.int32.*takes one floating-point dtype", lambda: attention(q.int(), k.int(), v.int())),
+        "integers": (
+            r"got q torch.int32.*takes one floating-point dtype",
+            lambda: attention(q.int(), k.int(), v.int()),
+        ),
         "complex": (r"got q torch.complex64.*takes", lambda: attention(q + 0j, k + 0j, v + 0j)),
-        "features of size 0": (r"got q \[2, 4, 6, 0\].*takes a head_dim of 1", lambda: attention(q[..., :0], k[..., :0], v)),
+        "features of size 0": (
+            r"got q \[2, 4, 6, 0\].*takes a head_dim of 1",
+            lambda: attention(q[..., :0], k[..., :0], v),
+        ),
         "two batches": (r"got .*takes one batch for all", lambda: attention(q, k[:1], v[:1])),
         "v of another batch": (r"got .*takes one batch for all", lambda: attention(q, k, v[:1])),
         "two head sizes": (r"got .*one head_dim for q and k", lambda: attention(q, k[..., :8], v)),
         "two lengths in k and v": (r"got .*same heads and keys in k and v", lambda: attention(q, k, v[:, :, :3])),
         "two heads in k and v": (r"got .*same heads and keys in k and v", lambda: attention(q, k, v[:, :2])),
-        "heads that do not share": (r"got 4 query heads and 3 key heads; takes", lambda: attention(q, k[:, :3], v[:, :3])),
+        "heads that do not share": (
+            r"got 4 query heads and 3 key heads; takes",
+            lambda: attention(q, k[:, :3], v[:, :3]),
+        ),
         "more key heads": (r"got 2 query heads and 4 key heads; takes", lambda: attention(q[:, :2], k, v)),
         "no key heads": (r"got 4 query heads and 0 key heads; takes", lambda: attention(q, k[:, :0], v[:, :0])),
         "dropout of 1": (r"got dropout=1.0; takes a share", lambda: attention(q, k, v, dropout=1.0)),
@@ -188,7 +208,10 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "softcap inf": (r"got softcap=inf; takes a positive", lambda: attention(q, k, v, softcap=float("inf"))),
         "scale nan": (r"got scale=nan; takes", lambda: attention(q, k, v, scale=float("nan"))),
         "scale inf": (r"got scale=inf; takes", lambda: attention(q, k, v, scale=float("inf"))),
-        "sinks too few": (r"got sinks \[2\].*takes one logit per query head", lambda: attention(q, k, v, sinks=torch.ones(2))),
+        "sinks too few": (
+            r"got sinks \[2\].*takes one logit per query head",
+            lambda: attention(q, k, v, sinks=torch.ones(2)),
+        ),
         "sinks of two axes": (r"got sinks \[1, 4\].*takes one", lambda: attention(q, k, v, sinks=torch.ones(1, 4))),
         "a tensor for a mask": (
             r"got a mask of type Tensor; takes a typed mask: headway.masks.from_sdpa.*from_key_padding_mask",
@@ -257,7 +280,7 @@ def test_errors_are_one_tree() -> None:
     assert issubclass(NoBackendError, RuntimeError)
 
 
-# -- which backend ----------------------------------------------------------------------------------------------------
+# -- which backend ---------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_backend_is_an_error() -> None:
@@ -286,7 +309,9 @@ def test_the_environment_may_say_nothing(name: str, monkeypatch: pytest.MonkeyPa
 def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWAY_BACKEND", "flash_attention_2")
     for call in (attention, headway.explain):
-        with pytest.raises(UnknownNameError, match=r"'flash_attention_2' \(from the environment variable HEADWAY_BACKEND"):
+        with pytest.raises(
+            UnknownNameError, match=r"'flash_attention_2' \(from the environment variable HEADWAY_BACKEND"
+        ):
             call(*draw(1, 1, 4, 16))
     attention(*draw(1, 1, 4, 16), backend="reference")
 
@@ -328,7 +353,7 @@ def test_nothing_is_computed_by_explain(monkeypatch: pytest.MonkeyPatch) -> None
     assert headway.explain(*draw(1, 1, 4, 16), mask=Causal(), backend="reference").chosen is not None
 
 
-# -- results ------------------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "backend"), RUNNING)

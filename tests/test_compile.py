@@ -158,7 +158,7 @@ def test_nothing_to_attend_to() -> None:
     assert not run(q, k, v).any()
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_refusal_reaches_the_caller(options: dict[str, Any], error: type[Excep
     assert any(isinstance(one, error) for one in chain) or error.__name__ in str(raised.value)
 
 
-# -- lengths that change ------------------------------------------------------------------------------------------------
+# -- lengths that change -----------------------------------------------------------------------------------------------
 
 CHANGING: dict[str, Callable[[Tensor], Mask | None]] = {
     "none": lambda q: None,
@@ -187,6 +187,8 @@ CHANGING: dict[str, Callable[[Tensor], Mask | None]] = {
     "window": lambda q: Window(2, 1),
     "padding": lambda q: Padding(torch.full((q.shape[0],), 4)),
     "prefix": lambda q: Causal() | Prefix(3),
+    "prefixes": lambda q: Prefix(torch.full((q.shape[0],), 3)),
+    "dense": lambda q: Dense(torch.ones(q.shape[0], 1, 1, q.shape[2], dtype=torch.bool)),
     "bias": lambda q: Bias(torch.zeros(q.shape[2], q.shape[2])),
 }
 
@@ -248,7 +250,7 @@ def test_another_mask_of_the_same_kind_needs_no_other_program() -> None:
     assert counter.frame_count == 1
 
 
-# -- autocast ---------------------------------------------------------------------------------------------------------
+# -- autocast --------------------------------------------------------------------------------------------------------
 
 
 def test_autocast_inside_and_outside() -> None:
@@ -269,7 +271,7 @@ def test_autocast_inside_and_outside() -> None:
         assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True))
 
 
-# -- modules, export, inductor ----------------------------------------------------------------------------------------
+# -- modules, export, inductor ---------------------------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
@@ -310,15 +312,36 @@ def test_export_with_a_length_that_changes() -> None:
         torch.testing.assert_close(exported.module()(*batch(length)), module(*batch(length)))
 
 
-def test_inductor_with_gradients() -> None:
-    module = SelfAttention()
-    known = torch.autograd.grad(module(*batch()).square().sum(), list(module.parameters()))
+def on(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(device) for x in tensors)
+
+
+def test_inductor_with_gradients(device: str) -> None:
+    module = SelfAttention().to(device)
+    given = on(device, *batch())
+    known = torch.autograd.grad(module(*given).square().sum(), list(module.parameters()))
     compiled = torch.compile(module, fullgraph=True)
-    got = torch.autograd.grad(compiled(*batch()).square().sum(), list(module.parameters()))
+    got = torch.autograd.grad(compiled(*given).square().sum(), list(module.parameters()))
     for one, other in zip(got, known, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_inductor_takes_flex_into_its_own_program() -> None:
-    run = torch.compile(lambda q, k, v: attention(q, k, v, Causal(), softcap=2.0, backend="flex"), fullgraph=True)
-    agrees(run, Call(*draw(2, HEADS, 32, 16), mask=Causal(), softcap=2.0))
+def test_flex_on_cpu_is_left_out_of_other_programs() -> None:
+    """Inductor's CPU template for flex knows no tensor made inside the region; it would fail in torch's words."""
+    run = torch.compile(lambda q, k, v: attention(q, k, v, Window(2, 2), softcap=2.0), backend="eager", fullgraph=True)
+    agrees(run, Call(*draw(2, HEADS, 32, 16), mask=Window(2, 2), softcap=2.0))
+    run = torch.compile(lambda q, k, v: attention(q, k, v, backend="flex"), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="got a call inside torch.compile"):
+        run(*draw(2, HEADS, 32, 16))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["flex", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math"])
+def test_inductor_takes_kernels_into_its_own_program(backend: str) -> None:
+    """Forward and backward, with a mask made inside."""
+    made = {"flex": lambda: Window(3, 2), "sdpa-flash": Causal}.get(backend, lambda: Padding([32, 5]))
+    options = {"softcap": 2.0} if backend == "flex" else {}
+    run = torch.compile(lambda q, k, v: attention(q, k, v, made(), backend=backend, **options), fullgraph=True)
+    q, k, v = draw(2, HEADS, 32, 64, device="cuda", dtype=torch.bfloat16, learns=True)
+    agrees(run, Call(q, k, v, mask=made(), **options))

@@ -17,8 +17,22 @@ from deck import LAYOUTS, Source
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from headway import Alibi, Bias, Causal, Dense, Documents, Full, Mask, MaskError, NoBackendError, Padding, Predicate
-from headway import Prefix, Tree, Window
+from headway import (
+    Alibi,
+    Bias,
+    Causal,
+    Dense,
+    Documents,
+    Full,
+    Mask,
+    MaskError,
+    NoBackendError,
+    Padding,
+    Predicate,
+    Prefix,
+    Tree,
+    Window,
+)
 from headway.backends.registry import NAMES
 from headway.masks import Frame
 

@@ -150,7 +150,7 @@ def test_those_without_torch_func_refuse_with_the_remedy() -> None:
     q, k, v = draw(2, 2, 5, 16)
     for backend in ("sdpa-flash", "flex"):
         with pytest.raises(NoBackendError, match="(?s)got a torch.func transform.*into the batch"):
-            vmap(lambda q, k, v: attention(q[None], k[None], v[None], backend=backend))(q, k, v)
+            vmap(lambda q, k, v, name=backend: attention(q[None], k[None], v[None], backend=name))(q, k, v)
 
 
 def test_the_remedy_works() -> None:

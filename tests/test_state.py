@@ -23,7 +23,7 @@ from headway.backends import reference, sdpa_flash, sdpa_math
 
 RUNNING_ON_CPU = {"reference": reference, "sdpa-math": sdpa_math, "sdpa-flash": sdpa_flash}
 
-# -- masks between calls ----------------------------------------------------------------------------------------------
+# -- masks between calls ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -32,7 +32,9 @@ def lowerings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     record: list[Any] = []
     for module in RUNNING_ON_CPU.values():
         lower = module.lower
-        monkeypatch.setattr(module, "lower", lambda mask, *rest, lower=lower: (record.append(mask), lower(mask, *rest))[1])
+        monkeypatch.setattr(
+            module, "lower", lambda mask, *rest, lower=lower: (record.append(mask), lower(mask, *rest))[1]
+        )
     return record
 
 
@@ -198,7 +200,7 @@ def test_one_mask_serves_several_shapes_and_dtypes() -> None:
                 check(Call(q, k, v, mask=mask))
 
 
-# -- plans ------------------------------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_is_made_once_for_a_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +235,9 @@ def test_calls_that_differ_do_not_share_a_plan() -> None:
             for learns in (True, False):
                 q, k, v = draw(2, 2, 9, 16, learns=learns)
                 check(Call(q, k, v, **options), learns=learns)
-                q, k, v = (x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_(learns) for x in (q, k, v))
+                q, k, v = (
+                    x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_(learns) for x in (q, k, v)
+                )
                 check(Call(q, k, v, **options), learns=learns)
 
 
@@ -270,7 +274,7 @@ def test_eight_threads_calling_at_once() -> None:
             torch.testing.assert_close(out, known, rtol=1e-4, atol=1e-5)
 
 
-# -- settings of the process ------------------------------------------------------------------------------------------
+# -- settings of the process -----------------------------------------------------------------------------------------
 
 
 def settings() -> dict[str, Any]:
@@ -307,7 +311,7 @@ def test_no_setting_of_the_process_changes(device: str) -> None:
 
 @pytest.mark.parametrize("off", ["flash", "mem_efficient", "math", "cudnn"])
 def test_flags_of_others_do_not_reach_a_named_backend(off: str) -> None:
-    """Another library may have switched a kernel of SDPA off for the process; what is named here still runs, and right."""
+    """Another library may have switched a kernel of SDPA off for the process; what is named here runs, and right."""
     switch = getattr(torch.backends.cuda, f"enable_{off}_sdp")
     switch(False)
     try:
@@ -344,7 +348,7 @@ def test_switching_determinism_on_makes_another_plan() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-# -- autocast, inference, kinds of tensor -------------------------------------------------------------------------------
+# -- autocast, inference, kinds of tensor ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -382,7 +386,14 @@ def test_autocast_of_another_device_changes_nothing() -> None:
 def test_autocast_honours_every_argument(device: str) -> None:
     q, k, v = draw(2, 2, 9, 16, device=device)
     sinks, half = torch.tensor([0.5, 2.0], device=device), [x.bfloat16() for x in (q, k, v)]
-    options = {"mask": Causal(), "scale": 0.3, "softcap": 2.0, "sinks": sinks, "return_lse": True, "backend": "reference"}
+    options = {
+        "mask": Causal(),
+        "scale": 0.3,
+        "softcap": 2.0,
+        "sinks": sinks,
+        "return_lse": True,
+        "backend": "reference",
+    }
     with torch.autocast(device, torch.bfloat16):
         got = attention(q, k, v, **options)
         with pytest.raises(HeadwayError, match="require maps"):
@@ -426,7 +437,9 @@ def test_fake_tensors_give_shapes(mask: Mask | None) -> None:
         out = attention(*fakes, mask=mask)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
-    torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k, v, mask=mask, backend="reference"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        attention(q, k, v, mask=mask), attention(q, k, v, mask=mask, backend="reference"), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("warm", [False, True])

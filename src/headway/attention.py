@@ -291,7 +291,8 @@ def _check(
     if mask is not None and not isinstance(mask, Mask):
         raise RequestError(
             f"got a mask of type {type(mask).__name__}; takes a typed mask:"
-            " headway.masks.from_sdpa(tensor) for PyTorch's (True = may), from_key_padding_mask(tensor) for nn.MultiheadAttention's (True = blocked)"
+            " headway.masks.from_sdpa(tensor) for PyTorch's (True = may),"
+            " from_key_padding_mask(tensor) for nn.MultiheadAttention's (True = blocked)"
         )
     if q.shape[3] == 0:
         raise RequestError(f"got {shapes}; takes a head_dim of 1 or more: there is nothing to compare")
@@ -425,8 +426,8 @@ _KERNELS: dict[str, Kernel] = {}
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
 def _entry_for(
     batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, value_dim: int, dtype: str,
-    device: str, device_index: int | None, kinds: tuple[str, ...] | None, rows_may_be_empty: bool, mask_needs_grad: bool,
-    dropout: bool, softcap: bool, sinks: bool, returns_lse: bool, plain_scale: bool, needs_grad: bool,
+    device: str, device_index: int | None, kinds: tuple[str, ...] | None, rows_may_be_empty: bool,
+    mask_needs_grad: bool, dropout: bool, softcap: bool, sinks: bool, returns_lse: bool, plain_scale: bool, needs_grad: bool,
     transformed: bool, compiled: bool, require: tuple[str, ...], backend: str,
 ) -> str:  # fmt: skip
     """The chosen kernel's entry, from plain values alone: a constant to a tracer."""

@@ -1,4 +1,4 @@
-"""Backends whose kernels need a GPU, on stand-ins that take what the kernels take: all that they say is checked here."""
+"""Backends whose kernels need a GPU, on stand-ins that take what those take: all they say is checked here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import stand_ins
-import torch
 from accepts import ACCEPTS
 from agreement import Call, answered, judge
 from deck import DECK, Case
@@ -18,7 +17,12 @@ from torch import Tensor
 from headway.backends.kernel import Extras
 
 CUDA_ONLY = ("flash2", "flash3", "flash4", "sage", "torch-varlen", "sdpa-cudnn", "sdpa-efficient")
-MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute", "sage": "sageattention"}
+MODULES = {
+    "flash2": "flash_attn",
+    "flash3": "flash_attn_interface",
+    "flash4": "flash_attn.cute",
+    "sage": "sageattention",
+}
 
 
 @pytest.fixture
@@ -49,7 +53,11 @@ def cases() -> list[object]:
 def test_says_to_its_kernel_what_was_asked(backend: str, case: Case, kernel: Any) -> None:
     learns = case.name in ACCEPTS["h200"][backend].learns
     call = case.draw("float32", "cpu", learns=learns)
-    judge(call, answered(lambda: attend(kernel, call, learns=learns), call.learnt() if learns else {}, call.q.dtype), learns=learns)
+    judge(
+        call,
+        answered(lambda: attend(kernel, call, learns=learns), call.learnt() if learns else {}, call.q.dtype),
+        learns=learns,
+    )
 
 
 def attend(kernel: Any, call: Call, *, learns: bool) -> tuple[Tensor, Tensor | None]:

@@ -89,6 +89,27 @@ def test_a_captured_number_is_refused_with_the_fix(make) -> None:
     assert mask.tensors == (THREE,)
 
 
+class Rated(torch.nn.Module):
+    """A module may be a predicate, and its sizes are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 3
+        self.register_buffer("step", torch.tensor(3))
+
+    def forward(self, b, h, q, k):
+        return (q - k) % self.step == 0
+
+
+def test_a_module_and_what_torch_offers() -> None:
+    module, operator = Rated(), torch.ops.aten.ge.Tensor
+    truth = by_hand.table(FRAME, lambda b, h, q, k: (q - k) % 3 == 0)
+    assert torch.equal(shown(Predicate(module)), truth)
+    assert Predicate(module).tensors == (module.step,)
+    wrapped = functools.wraps(module.forward)(lambda *at: module(*at) & operator(at[2], THREE * 0))
+    assert torch.equal(shown(Predicate(wrapped)), truth)
+
+
 def test_a_default_is_captured_too() -> None:
     with pytest.raises(MaskError, match=r"captures step=3, a Python number"):
         Predicate(with_default)

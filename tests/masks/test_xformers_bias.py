@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import by_hand
@@ -101,19 +100,22 @@ CLASSES = (
 
 
 @pytest.fixture(params=["stand-in", "installed"] if importlib.util.find_spec("xformers") else ["stand-in"])
-def attn_bias(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    if request.param == "installed":
-        yield importlib.import_module("xformers.ops.fmha.attn_bias")
-        return
-    names = ("xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias")
-    modules = [types.ModuleType(name) for name in names]
-    for outer, inner in itertools.pairwise(modules):
-        setattr(outer, inner.__name__.rpartition(".")[2], inner)
-    for kind in CLASSES:
-        setattr(modules[-1], kind.__name__, kind)
-    for module in modules:
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    yield modules[-1]
+def attn_bias(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if request.param == "stand-in":
+        names = ("xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias")
+        modules = [types.ModuleType(name) for name in names]
+        for outer, inner in itertools.pairwise(modules):
+            setattr(outer, inner.__name__.rpartition(".")[2], inner)
+        for kind in CLASSES:
+            setattr(modules[-1], kind.__name__, kind)
+        modules[2].flash = types.SimpleNamespace(FwOp=types.SimpleNamespace())
+        for module in modules:
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+    fmha = importlib.import_module("xformers.ops.fmha")
+    # As on an H200 where its flash kernels run.
+    monkeypatch.setattr(fmha.flash.FwOp, "is_available", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return fmha.attn_bias
 
 
 # -- tests ------------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_native(attn_bias: Any, mask: Any, frame: Frame, name: str | None) -> No
 def test_windows_where_a_kernel_knows_them(
     attn_bias: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: tuple[int, int], native: bool
 ) -> None:
-    flash = importlib.import_module("xformers.ops.fmha.flash")
+    flash = importlib.import_module("xformers.ops.fmha").flash
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for available in (True, False):
         monkeypatch.setattr(flash.FwOp, "is_available", lambda available=available: available)

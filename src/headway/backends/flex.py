@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from headway.backends.kernel import Attended, Extras, gate_sinks
@@ -44,7 +46,8 @@ def signature(mask: Mask) -> str:
     parts = getattr(mask, "parts", None) or ((mask.part,) if hasattr(mask, "part") else ())
     if parts:
         return f"{mask.kind}({','.join(signature(part) for part in parts)})"
-    return f"{mask.kind}:{id(mask.fn)}" if hasattr(mask, "fn") else mask.kind
+    # A predicate's code, not the function: one made anew at each step is the same program.
+    return f"{mask.kind}:{id(getattr(mask.fn, '__code__', mask.fn))}" if hasattr(mask, "fn") else mask.kind
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
@@ -88,29 +91,45 @@ def _flex(
 
 
 class Counted:
-    """A compiled function that counts how often it is compiled, and stops at its budget."""
+    """A function compiled per shape, that counts how often it is compiled, and stops at its budget."""
 
     def __init__(self, name: str, budget: int) -> None:
         self.name, self.budget, self.compilations = name, budget, 0
-        # A function of its own: torch counts recompilations, and gives up, per code object.
-        code = _flex.__code__.replace(co_name=f"flex_{abs(hash(name))}")
-        own = types.FunctionType(code, _flex.__globals__, _flex.__name__)
-        self.run = torch.compile(own, fullgraph=True, dynamic=False, backend=self.compile)
+        self._by_shape: dict[Any, Callable[..., Any]] = {}
 
-    def compile(self, graph: Any, inputs: Any) -> Any:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        shapes = (q.shape, k.shape, v.shape, q.dtype)
+        run = self._by_shape.get(shapes)
+        if run is None:
+            self._spend(0)
+            run = self._by_shape[shapes] = self._own()
+        try:
+            return run(q, k, v, *rest)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, RecompileBudgetError):
+                raise error.inner_exception from None
+            raise
+
+    def _own(self) -> Callable[..., Any]:
+        """A code object of its own: torch counts recompilations per code object, and gives up at 8."""
+        code = _flex.__code__.replace(co_name=f"flex_{abs(hash(self.name))}_{len(self._by_shape)}")
+        own = types.FunctionType(code, _flex.__globals__, _flex.__name__)
+        return torch.compile(own, fullgraph=True, dynamic=False, backend=self._compile)
+
+    def _compile(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        self.compilations += 1
-        if self.compilations > self.budget:
+        self._spend(1)
+        return compile_fx(graph, inputs)
+
+    def _spend(self, count: int) -> None:
+        if self.compilations >= self.budget:
             raise RecompileBudgetError(
-                f"flex attention with {self.name} would be compiled for the {self.compilations}th time,"
+                f"flex attention with {self.name} would be compiled for the {self.compilations + 1}th time,"
                 f" budget {self.budget}: its shapes or options change too often; pad lengths to a few sizes,"
                 f" or choose another backend"
             )
-        return compile_fx(graph, inputs)
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.run(*arguments)
+        self.compilations += count
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 LONGEST = 300
 """Characters of a reason that are kept."""
@@ -46,7 +47,7 @@ def run(module: str, *arguments: str, seconds: float) -> Outcome:
 
 
 def _environment() -> dict[str, str]:
-    path = dict.fromkeys(entry or os.getcwd() for entry in sys.path)
+    path = dict.fromkeys(entry or str(Path.cwd()) for entry in sys.path)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 

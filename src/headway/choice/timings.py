@@ -20,6 +20,8 @@ class Row(TypedDict):
     head_dim: int
     q_len: int
     kv_len: int
+    sharing: int
+    """Query heads to a key head."""
     grad: bool
     ms: dict[str, float]
 
@@ -45,10 +47,11 @@ def measured(request: Request, machine: Machine) -> dict[str, float]:
 
 
 def _distance(row: Row, request: Request) -> float:
-    """How many doublings of length and head size lie between a row and a request."""
+    """How many doublings of length, head size and sharing lie between a row and a request, at most."""
     pairs = (
         (row["q_len"], request.q_len),
         (row["kv_len"], request.kv_len),
         (row["head_dim"], request.head_dim),
+        (row["sharing"], request.heads // max(request.kv_heads, 1)),
     )
     return max(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)

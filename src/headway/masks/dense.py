@@ -20,7 +20,7 @@ def four_axes(tensor: Tensor, frame: Frame, what: str) -> Tensor:
     wide = tensor.view((1,) * (4 - tensor.ndim) + tuple(tensor.shape))
     room = (frame.batch, frame.heads, frame.q_len, frame.kv_len)
     for name, have, want in zip(("batch", "heads", "queries", "keys"), wide.shape, room, strict=True):
-        if have not in (1, want):
+        if have != 1 and have != want:
             raise MaskError(f"got {what} {shape_of(tensor)} with {name} {have}, takes 1 or {want}; it is (B, H, L, S)")
     return wide
 

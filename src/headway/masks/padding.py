@@ -73,7 +73,7 @@ class Padding(Mask):
 
     def check(self, frame: Frame) -> None:
         (held,) = self.tensors
-        if held.shape[0] not in (1, frame.batch):
+        if held.shape[0] != 1 and held.shape[0] != frame.batch:
             raise MaskError(f"got padding for {held.shape[0]} batch entries, takes 1 or {frame.batch}")
         if self.real is not None and self.real.shape[1] != frame.kv_len:
             raise MaskError(f"got padding over {self.real.shape[1]} keys, takes {frame.kv_len}")

@@ -145,5 +145,5 @@ def _own(fn: Any) -> Iterator[tuple[str, Any]]:
         yield from (fn.__kwdefaults__ or {}).items()
     elif isinstance(fn, torch.nn.Module):
         yield from (*fn.named_parameters(), *fn.named_buffers())
-    elif inspect.isfunction(getattr(type(fn), "__call__", None)) and not type(fn).__module__.startswith("torch."):
+    elif not type(fn).__module__.startswith("torch."):  # torch's own operators hold what is theirs
         yield from getattr(fn, "__dict__", {}).items()

@@ -55,7 +55,7 @@ class Prefix(Mask):
 
     def check(self, frame: Frame) -> None:
         if isinstance(self.n, Tensor):
-            if self.n.shape[0] not in (1, frame.batch):
+            if self.n.shape[0] != 1 and self.n.shape[0] != frame.batch:
                 raise MaskError(f"got {self.n.shape[0]} prefix lengths, takes 1 or {frame.batch}: one per batch entry")
         elif self.n > frame.kv_len:
             raise MaskError(f"got a prefix of {self.n}, takes at most the {frame.kv_len} keys there are")
