@@ -427,8 +427,8 @@ _KERNELS: dict[str, Kernel] = {}
 def _entry_for(
     batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, value_dim: int, dtype: str,
     device: str, device_index: int | None, kinds: tuple[str, ...] | None, rows_may_be_empty: bool,
-    mask_needs_grad: bool, dropout: bool, softcap: bool, sinks: bool, returns_lse: bool, plain_scale: bool, needs_grad: bool,
-    transformed: bool, compiled: bool, require: tuple[str, ...], backend: str,
+    mask_needs_grad: bool, dropout: bool, softcap: bool, sinks: bool, returns_lse: bool, plain_scale: bool,
+    needs_grad: bool, transformed: bool, compiled: bool, require: tuple[str, ...], backend: str,
 ) -> str:  # fmt: skip
     """The chosen kernel's entry, from plain values alone: a constant to a tracer."""
     request = Request(
