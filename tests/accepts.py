@@ -53,7 +53,7 @@ WINDOWS = words("mask window; mask window-back; mask window-ahead; mask causal &
 LOWER_RIGHT = words("causal-lower-right-wide; causal-lower-right-tall", before="mask ") | words(
     "window-lower-right-wide; window-lower-right-tall", before="mask "
 )
-DOCUMENTS = words(
+DOCUMENTS = words("heads 8:2, documents") | words(
     "documents; documents-some-empty; documents & causal; documents & window; documents-cross; documents-cross-no-keys",
     before="mask ",
 )
@@ -122,7 +122,7 @@ GRAPH = words("require fullgraph")
 MAPS = words("require maps")
 NO_SYNC = words("require no-sync")
 
-# -- unions ---------------------------------------------------------------------------------------------------------
+# -- unions -----------------------------------------------------------------------------------------------------------
 
 SIZES = SIZE_8 | SIZES_TO_256
 ALL_SIZES = SIZES | SIZE_264 | SIZE_76 | OTHER_VALUES
@@ -144,7 +144,7 @@ EVERYTHING = (
 MATH = EVERYTHING - ALL_SOFTCAP - SOFTCAP_SINKS - ALL_LSE - MAPS
 FLEX = EVERYTHING - SIZE_8 - ALL_DROPOUT - TWICE - MAPS
 
-# -- the table ------------------------------------------------------------------------------------------------------
+# -- the table --------------------------------------------------------------------------------------------------------
 
 ACCEPTS: dict[str, dict[str, Accepts]] = {
     "cpu": {

@@ -98,7 +98,7 @@ def _cotangent(end: Tensor, dtype: torch.dtype) -> Tensor:
     return made.to(dtype).to(end.device, end.dtype)
 
 
-# -- the formula ----------------------------------------------------------------------------------------------------
+# -- the formula ------------------------------------------------------------------------------------------------------
 
 
 def by_formula(call: Call, dtype: torch.dtype, *, learns: bool, other_order: bool = False) -> Answer:
@@ -185,7 +185,7 @@ def _added(mask: Mask | None, wide: dict[str, Tensor], frame: Frame, dtype: torc
             yield -part.slopes.to(frame.device, dtype).view(-1, 1, 1) * distance
 
 
-# -- the verdict ----------------------------------------------------------------------------------------------------
+# -- the verdict ------------------------------------------------------------------------------------------------------
 
 
 def check(call: Call, backend: str = "auto", *, learns: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from headway.backends import flex
 
 door = importlib.import_module("headway.attention")  # `headway.attention` itself is the function of that name
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic algorithms refuse on CUDA
 torch.set_num_threads(1)  # the tensors are tiny, and the workers of pytest-xdist share the cores
 
 

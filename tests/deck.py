@@ -257,6 +257,7 @@ def _shapes() -> list[Case]:
         Case("layout misaligned, padding", layout="misaligned", mask=SQUARE["padding"]),
         Case("heads 8:2, causal", heads=(8, 2), mask=SQUARE["causal"]),
         Case("heads 8:2, padding", heads=(8, 2), mask=SQUARE["padding"]),
+        Case("heads 8:2, documents", heads=(8, 2), mask=SQUARE["documents & causal"]),
         Case("length 320x320, causal", lengths=(320, 320), batch=1, mask=SQUARE["causal"]),
         Case("length 320x320, padding", lengths=(320, 320), batch=1, mask=lambda f: Padding([100])),
         Case("length 64x64, padding, large logits", lengths=(64, 64), mask=lambda f: Padding([64, 9]), logits=30.0),

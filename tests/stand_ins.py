@@ -68,7 +68,7 @@ def must_be_dense(*tensors: Tensor) -> None:
     assert all(x.stride(-1) == 1 for x in tensors), "the last axis must be contiguous"
 
 
-# -- flash-attn 2.8 -------------------------------------------------------------------------------------------------
+# -- flash-attn 2.8 ---------------------------------------------------------------------------------------------------
 
 
 def flash2() -> types.ModuleType:
@@ -97,7 +97,7 @@ def flash2() -> types.ModuleType:
     return module("flash_attn", flash_attn_func, flash_attn_varlen_func)
 
 
-# -- flash-attn-3 ---------------------------------------------------------------------------------------------------
+# -- flash-attn-3 -----------------------------------------------------------------------------------------------------
 
 
 def flash3() -> types.ModuleType:
@@ -125,7 +125,7 @@ def flash3() -> types.ModuleType:
     return module("flash_attn_interface", flash_attn_func, flash_attn_varlen_func)
 
 
-# -- flash-attn-4 ---------------------------------------------------------------------------------------------------
+# -- flash-attn-4 -----------------------------------------------------------------------------------------------------
 
 
 def flash4() -> types.ModuleType:
@@ -158,7 +158,7 @@ def flash4() -> types.ModuleType:
     return module("flash_attn.cute", flash_attn_func, flash_attn_varlen_func)
 
 
-# -- SageAttention --------------------------------------------------------------------------------------------------
+# -- SageAttention ----------------------------------------------------------------------------------------------------
 
 
 def sage() -> types.ModuleType:
@@ -179,7 +179,76 @@ def module(name: str, *functions: Any) -> types.ModuleType:
     return made
 
 
-# -- what PyTorch has for CUDA alone ------------------------------------------------------------------------------
+# -- xFormers 0.0.35 ------------------------------------------------------------------------------------------------
+
+
+class LowerTriangularMask:
+    def keep(self, q_len: int, kv_len: int) -> Tensor:
+        return torch.ones(q_len, kv_len, dtype=torch.bool).tril()
+
+
+class LowerTriangularFromBottomRightMask:
+    def keep(self, q_len: int, kv_len: int) -> Tensor:
+        return band(q_len, kv_len, True, (None, None))
+
+
+class LocalAttentionFromBottomRightMask:
+    def __init__(self, window_left: int, window_right: int) -> None:
+        self.window = (window_left, window_right)
+
+    def keep(self, q_len: int, kv_len: int) -> Tensor:
+        return band(q_len, kv_len, False, self.window)
+
+
+class BlockDiagonalMask:
+    def __init__(self, q_lengths: list[int], k_lengths: list[int], causal: bool = False) -> None:
+        self.lengths, self.causal = (q_lengths, k_lengths), causal
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None) -> BlockDiagonalMask:
+        return cls(list(q_seqlen), list(q_seqlen if kv_seqlen is None else kv_seqlen))
+
+    def make_causal(self) -> BlockDiagonalMask:
+        return BlockDiagonalMask(*self.lengths, causal=True)
+
+    def keep(self, q_len: int, kv_len: int) -> Tensor:
+        blocks = [LowerTriangularMask().keep(*size) | (not self.causal) for size in zip(*self.lengths, strict=True)]
+        whole = torch.block_diag(*(block.float() for block in blocks)).bool()
+        assert whole.shape == (q_len, kv_len), "the lengths add up to the tokens"
+        return whole
+
+
+def xformers() -> types.ModuleType:
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+        assert p == 0.0
+        must_be_dense(query, key, value)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        assert q.shape[1] == k.shape[1]
+        added, keep = 0.0, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        if isinstance(attn_bias, Tensor):
+            assert attn_bias.shape == (*q.shape[:3], k.shape[2])
+            assert attn_bias.dtype == q.dtype
+            assert all(step % 8 == 0 for step in attn_bias.stride()[:3])
+            added, keep = attn_bias, attn_bias > float("-inf")
+        elif attn_bias is not None:
+            assert q.shape[0] == 1 or not isinstance(attn_bias, BlockDiagonalMask)
+            keep = attn_bias.keep(q.shape[2], k.shape[2])
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return textbook(q, k, v, keep.expand(*q.shape[:2], -1, -1), added, scale=scale)[0].transpose(1, 2)
+
+    fmha = module("xformers.ops.fmha", memory_efficient_attention)
+    fmha.attn_bias = module(
+        "xformers.ops.fmha.attn_bias",
+        LowerTriangularMask,
+        LowerTriangularFromBottomRightMask,
+        LocalAttentionFromBottomRightMask,
+        BlockDiagonalMask,
+    )
+    fmha.flash = module("xformers.ops.fmha.flash")
+    return fmha
+
+
+# -- what PyTorch has for CUDA alone ----------------------------------------------------------------------------------
 
 
 def varlen_attn(

@@ -187,7 +187,7 @@ def test_contracts_come_in_any_iterable(make: Callable[[Any], Any]) -> None:
         headway.attention(q, q, q, backend="sdpa-flash", require="maps")
 
 
-# -- kernels that cannot run here -----------------------------------------------------------------------------------
+# -- kernels that cannot run here -------------------------------------------------------------------------------------
 
 ASKED: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": True},

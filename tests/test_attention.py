@@ -61,7 +61,7 @@ def draw(
     return q, k, v
 
 
-# -- no numbers at all ---------------------------------------------------------------------------------------------
+# -- no numbers at all ------------------------------------------------------------------------------------------------
 
 EMPTY = {
     "no batch": ((0, 2, 5, 16), (0, 2, 5, 16)),
@@ -129,7 +129,7 @@ def test_ones(device: str, backend: str, shape: tuple[int, ...]) -> None:
         assert backend not in ("auto", "reference", "sdpa-math")
 
 
-# -- rows that see nothing -------------------------------------------------------------------------------------------
+# -- rows that see nothing --------------------------------------------------------------------------------------------
 
 BLIND: dict[str, Callable[[str], Mask]] = {
     "causal, more queries than keys": lambda device: Causal("lower-right"),
@@ -166,7 +166,7 @@ def test_the_smallest_number_is_a_number_and_minus_infinity_blocks(device: str) 
     assert not attention(q, k, v, mask=headway.masks.from_transformers(lowest[None, None])).any()
 
 
-# -- calls that make no sense ------------------------------------------------------------------------------------------
+# -- calls that make no sense -----------------------------------------------------------------------------------------
 
 
 def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
@@ -280,7 +280,7 @@ def test_errors_are_one_tree() -> None:
     assert issubclass(NoBackendError, RuntimeError)
 
 
-# -- which backend ---------------------------------------------------------------------------------------------------
+# -- which backend ----------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_backend_is_an_error() -> None:
@@ -353,7 +353,7 @@ def test_nothing_is_computed_by_explain(monkeypatch: pytest.MonkeyPatch) -> None
     assert headway.explain(*draw(1, 1, 4, 16), mask=Causal(), backend="reference").chosen is not None
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
+# -- results ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "backend"), RUNNING)

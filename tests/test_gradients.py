@@ -92,7 +92,7 @@ def test_double_backward_is_refused_by_those_who_lack_it() -> None:
         attention(*wide("cpu"), backend="sdpa-flash", require=("double-backward",))
 
 
-# -- torch.func -----------------------------------------------------------------------------------------------------
+# -- torch.func -------------------------------------------------------------------------------------------------------
 
 
 def loss(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -149,7 +149,7 @@ def test_jacobians_and_products(backend: str, device: str) -> None:
 def test_those_without_torch_func_refuse_with_the_remedy() -> None:
     q, k, v = draw(2, 2, 5, 16)
     for backend in ("sdpa-flash", "flex"):
-        with pytest.raises(NoBackendError, match="(?s)got a torch.func transform.*into the batch"):
+        with pytest.raises(NoBackendError, match=r"(?s)got a torch\.func transform.*into the batch"):
             vmap(lambda q, k, v, name=backend: attention(q[None], k[None], v[None], backend=name))(q, k, v)
 
 

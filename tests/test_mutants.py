@@ -140,7 +140,7 @@ def test_an_option_lost_is_seen(mutant: str, monkeypatch: Patch) -> None:
     assert_seen("reference", case, lambda: change(monkeypatch, "reference", how))
 
 
-# -- masks lowered wrongly ----------------------------------------------------------------------------------------
+# -- masks lowered wrongly --------------------------------------------------------------------------------------------
 
 
 def lowering(spoil: Callable[[Kernel, Mask | None, Frame, torch.dtype], Any]) -> Callable[[Patch, str], None]:
@@ -195,7 +195,7 @@ def test_a_mask_lowered_wrongly_is_seen(mutant: str, monkeypatch: Patch) -> None
     assert_seen("reference", case, lambda: lowering(spoil)(monkeypatch, "reference"))
 
 
-# -- dropout --------------------------------------------------------------------------------------------------------
+# -- dropout ----------------------------------------------------------------------------------------------------------
 
 DROPOUTS: dict[str, Callable[[Attend], Attend]] = {
     "dropout ignored": with_extras(dropout=lambda e: 0.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,9 +22,10 @@ import headway
 from headway import Bias, Causal, Dense, Documents, HeadwayError, Mask, Padding, Predicate, Prefix, Window, attention
 from headway.backends import reference, sdpa_flash, sdpa_math
 
+door = importlib.import_module("headway.attention")  # the name `headway.attention` is the function
 RUNNING_ON_CPU = {"reference": reference, "sdpa-math": sdpa_math, "sdpa-flash": sdpa_flash}
 
-# -- masks between calls ---------------------------------------------------------------------------------------------
+# -- masks between calls ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -200,12 +202,10 @@ def test_one_mask_serves_several_shapes_and_dtypes() -> None:
                 check(Call(q, k, v, mask=mask))
 
 
-# -- plans -----------------------------------------------------------------------------------------------------------
+# -- plans ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_is_made_once_for_a_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    from conftest import door
-
     made: list[int] = []
     plan = door._plan
     monkeypatch.setattr(door, "_plan", lambda *a: (made.append(1), plan(*a))[1])
@@ -252,8 +252,6 @@ def test_learnt_sinks_after_the_same_call_without_gradients() -> None:
 
 
 def test_many_kinds_of_call_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from conftest import door
-
     monkeypatch.setattr(door, "_MOST_PLANS", 8)
     for length in range(1, 30):
         attention(*draw(1, 1, length, 16), mask=Causal())
@@ -274,7 +272,7 @@ def test_eight_threads_calling_at_once() -> None:
             torch.testing.assert_close(out, known, rtol=1e-4, atol=1e-5)
 
 
-# -- settings of the process -----------------------------------------------------------------------------------------
+# -- settings of the process ------------------------------------------------------------------------------------------
 
 
 def settings() -> dict[str, Any]:
@@ -348,7 +346,35 @@ def test_switching_determinism_on_makes_another_plan() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-# -- autocast, inference, kinds of tensor ------------------------------------------------------------------------------
+SEEN_ON_CUDA: dict[str, Callable[[], Mask | None]] = {
+    "none": lambda: None,
+    "causal": Causal,
+    "window": lambda: Window(2, 2),
+    "padding": lambda: Padding(torch.tensor([64, 9], device="cuda")),
+    "documents": lambda: Documents([30, 34]) & Causal(),
+    "dense": lambda: Dense(torch.ones(64, 64, dtype=torch.bool, device="cuda")),
+    "bias": lambda: Bias(torch.zeros(64, 64, device="cuda")),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", SEEN_ON_CUDA)
+def test_nothing_waits_for_the_device(name: str) -> None:
+    """Once a kind of call is known: with a mask that has been met, and with one just made."""
+    q, k, v = draw(2, 2, 64, 64, device="cuda", dtype=torch.bfloat16, learns=True)
+    mask, new = SEEN_ON_CUDA[name](), SEEN_ON_CUDA[name]()
+    attention(q, k, v, mask=mask, scale=0.1).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for one in (mask, new):
+            attention(q, k, v, mask=one, scale=0.2).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# -- autocast, inference, kinds of tensor -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -20,8 +20,12 @@ class UnknownNameError(HeadwayError, ValueError):
 
     def __init__(self, what: str, name: str, known: tuple[str, ...], where: str = "") -> None:
         self.name = name
+        self._given = (what, name, known, where)
         source = f" (from {where})" if where else ""
         super().__init__(f"unknown {what} {name!r}{source}; known: {', '.join(known)}")
+
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, tuple[str, ...], str]]:
+        return type(self), self._given  # or it could not come back from a worker process
 
 
 class NoBackendError(HeadwayError, RuntimeError):

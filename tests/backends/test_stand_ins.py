@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,29 +16,44 @@ from agreement import Call, answered, judge
 from deck import DECK, Case
 from torch import Tensor
 
+from headway.backends import torch_varlen
 from headway.backends.kernel import Extras
 
-CUDA_ONLY = ("flash2", "flash3", "flash4", "sage", "torch-varlen", "sdpa-cudnn", "sdpa-efficient")
+CUDA_ONLY = ("flash2", "flash3", "flash4", "xformers", "sage", "torch-varlen", "sdpa-cudnn", "sdpa-efficient")
 MODULES = {
     "flash2": "flash_attn",
     "flash3": "flash_attn_interface",
     "flash4": "flash_attn.cute",
     "sage": "sageattention",
+    "xformers": "xformers.ops.fmha",
 }
 
 
 @pytest.fixture
-def kernel(backend: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def kernel(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The backend's file, with its package's stand-in where it will look."""
     if backend in MODULES:
         made = getattr(stand_ins, backend)()
-        monkeypatch.setitem(sys.modules, MODULES[backend], made)
-        if backend == "flash4":
-            monkeypatch.setitem(sys.modules, "flash_attn", stand_ins.module("flash_attn"))
+        hang(monkeypatch, made)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_ins.varlen_attn)
     monkeypatch.setattr("torch._scaled_dot_product_cudnn_attention", stand_ins.cudnn)
     monkeypatch.setattr("torch._scaled_dot_product_efficient_attention", stand_ins.efficient)
-    return importlib.import_module(f"headway.backends.{backend.replace('-', '_')}")
+    torch_varlen._parameters.cache_clear()
+    yield importlib.import_module(f"headway.backends.{backend.replace('-', '_')}")
+    torch_varlen._parameters.cache_clear()  # it asked the stand-in
+
+
+def hang(monkeypatch: pytest.MonkeyPatch, made: types.ModuleType) -> None:
+    """Where `import` looks, with the packages above it and the modules in it."""
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    for name, part in vars(made).items():
+        if isinstance(part, types.ModuleType):
+            monkeypatch.setitem(sys.modules, f"{made.__name__}.{name}", part)
+    above, _, last = made.__name__.rpartition(".")
+    if above:
+        package = stand_ins.module(above)
+        setattr(package, last, made)
+        hang(monkeypatch, package)
 
 
 def cases() -> list[object]:

@@ -28,12 +28,14 @@ def test_made_once_for_each_device() -> None:
     assert len(store) == 3
 
 
-def test_what_is_fake_is_not_kept() -> None:
+def test_what_is_fake_is_not_kept_and_meets_nothing_kept() -> None:
     store = {}
     with FakeTensorMode():
         kept(store, "what", CPU, two)
     assert store == {}
     assert type(kept(store, "what", CPU, two)[0]) is torch.Tensor
+    with FakeTensorMode():
+        assert type(kept(store, "what", CPU, two)[0]) is not torch.Tensor
 
 
 def test_inference_mode_keeps_its_own() -> None:
@@ -50,6 +52,7 @@ def test_inference_mode_keeps_its_own() -> None:
 def test_block_masks_are_not_poisoned() -> None:
     frame = Frame(37, 53)
     mask = Documents([10, 27], [20, 33])
+    Causal(align="lower-right").to_block_mask(frame)
     with FakeTensorMode():
         Causal(align="lower-right").to_block_mask(frame)
     with torch.inference_mode():

@@ -44,6 +44,8 @@ class Backend:
     package: str | None = None
     exact: bool = True
     """False for kernels that approximate: auto never chooses them."""
+    best_on: tuple[tuple[int, int], tuple[int, int]] | None = None
+    """NVIDIA GPUs, from the first up to before the second, that the kernel is tuned for; elsewhere others go first."""
     summary: str = ""
 
     @property
@@ -162,13 +164,14 @@ SDPA_CUDNN = Backend(
     name="sdpa-cudnn",
     entry="headway.backends.sdpa_cudnn",
     summary="cuDNN's fused attention, through PyTorch",
+    best_on=((9, 0), (11, 0)),
     limits=(
         Devices(("cuda",)),
         Capability((8, 0)),
         Feature("_scaled_dot_product_cudnn_attention", "update torch"),
         DTypes(HALF),
         HeadDim(multiple_of=8, at_most=256),
-        LargeHeads(over=128, at_least=(9, 0), below=(11, 0)),
+        LargeHeads(over=128, at_least=(9, 0), below=(10, 0)),
         Batch(),
         NotOneByOne(),
         PlainScale(),
@@ -317,6 +320,7 @@ FLASH4 = Backend(
         Capability((9, 0)),
         DTypes(HALF),
         HeadDim(multiple_of=8, at_most=256, values_differ=False),
+        LargeHeads(over=128, at_least=(9, 0), below=(10, 0)),
         PlainScale(),
         Options(softcap=True, sinks="forward", lse="forward"),
         Backward(),
@@ -333,7 +337,7 @@ XFORMERS = Backend(
     summary="the package xformers",
     limits=(
         Devices(("cuda",)),
-        Capability((5, 0)),
+        Capability((5, 0), below=(10, 0)),  # its kernels for Blackwell take no scale but the default
         DTypes(FLOATS),
         HeadDim(multiple_of=8, values_differ=False),
         Batch(),

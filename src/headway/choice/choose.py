@@ -10,12 +10,15 @@ from headway.choice.quarantine import quarantined
 from headway.choice.timings import measured
 from headway.choice.words import in_words
 from headway.errors import NoBackendError
-from headway.limits.limit import Refusal
+from headway.limits.limit import Refusal, within
 from headway.limits.machine import Machine
 from headway.limits.request import Request, mask_words
 
 STRUCTURE = ("causal", "window", "documents", "tree", "predicate", "prefix", "and", "or", "not")
 """Terms whose dense form is far larger than they are."""
+
+PLAIN = ("sdpa-math", "reference")
+"""Backends that hold all scores in memory."""
 
 LARGE = 1 << 20
 """Scores per head from which a dense form of a structured mask costs more than a slower kernel that needs none."""
@@ -69,7 +72,9 @@ def choose(request: Request, machine: Machine, backend: str = "auto") -> Decisio
         else:
             accepted.append(one)
     times = measured(request, machine)
-    accepted.sort(key=lambda one: (times.get(one.name, math.inf), _wasteful(one, request, machine)))
+    accepted.sort(
+        key=lambda one: (times.get(one.name, math.inf), _wasteful(one, request, machine), _tier(one, machine))
+    )
     names = tuple(one.name for one in accepted)
     if backend == "auto":
         chosen = accepted[0] if accepted else None
@@ -100,6 +105,14 @@ def _wasteful(backend: Backend, request: Request, machine: Machine) -> bool:
     structured = any(kind.startswith(STRUCTURE) for kind in request.mask)
     large = request.q_len * request.kv_len >= LARGE
     return machine.device != "cpu" and large and structured and not backend.masks.is_native(request.mask)
+
+
+def _tier(backend: Backend, machine: Machine) -> int:
+    """Kernels go first on GPUs they are tuned for, then those tuned for others, then what writes all scores out."""
+    if backend.name in PLAIN:
+        return 2
+    got = machine.capability
+    return 1 if backend.best_on and got is not None and not within(got, *backend.best_on) else 0
 
 
 def _why(backend: Backend, request: Request, machine: Machine, times: dict[str, float]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import platformdirs
@@ -36,7 +37,7 @@ def recall(machine: Machine, fact: str) -> tuple[bool, str | None]:
 def remember(machine: Machine, fact: str, broken: str | None) -> bool:
     """Keep a fact; False where nothing can be kept, which costs another try in the next process."""
     file = _file(machine, fact)
-    scratch = file.with_suffix(f".{os.getpid()}.tmp")
+    scratch = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps({KNOWN: broken}))

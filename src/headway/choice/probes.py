@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +28,11 @@ ALLOWED = 4.0
 """How much more than plain attention in the same dtype a kernel may err."""
 
 
-def probe(name: str) -> Callable[[Callable[[str], str | None]], Callable[[str], str | None]]:
-    def add(function: Callable[[str], str | None]) -> Callable[[str], str | None]:
+Probe = TypeVar("Probe", bound=Callable[..., "str | None"])
+
+
+def probe(name: str) -> Callable[[Probe], Probe]:
+    def add(function: Probe) -> Probe:
         PROBES[name] = function
         return function
 
@@ -50,7 +54,7 @@ class Call:
     batch: int = 1
     mask: str = "none"
     logits: float = 0.0
-    """What every score is near: far below 0 is where sums of exponentials overflow."""
+    """What every score is near: far below 0 is where sums of exponentials overflow. Then only NaN and inf are wrong."""
     learns: bool = True
 
     def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,8 +99,11 @@ def wrong(backend: str, device: str, calls: Iterable[Call]) -> str | None:
         plain = run(reference, call, device, torch.bfloat16)
         truth = run(reference, call, device, torch.float64)
         for what, one, other, right in zip(("result", "dq", "dk", "dv"), got, plain, truth, strict=False):
-            if not _error(one, right) <= ALLOWED * _error(other, right) + 1e-3 * right.abs().max().item():
-                return f"{backend} errs by {_error(one, right):.3g} in the {what} of {call}"
+            error = _error(one, right)
+            # Far from 0 gradients are what is left of large numbers that cancel, and half precision leaves little.
+            allowed = math.inf if call.logits else ALLOWED * _error(other, right) + 1e-3 * right.abs().max().item()
+            if not (math.isfinite(error) and error <= allowed):
+                return f"{backend} errs by {error:.3g} in the {what} of {call}"
     return None
 
 
@@ -177,9 +184,9 @@ def efficient_long_mask(device: str, length: int = 66_000) -> str | None:
 
 
 @probe("flash-long-gradient")
-def flash_long_gradient(device: str, batch: int = 400) -> str | None:
+def flash_long_gradient(device: str, batch: int = 400, q_len: int = 10_496) -> str | None:
     """A batch whose q has more than 2**31 elements; its last entry is judged."""
-    call = Call(batch=batch, heads=4, q_len=10_496, kv_len=128, head_dim=128)
+    call = Call(batch=batch, heads=4, q_len=q_len, kv_len=128, head_dim=128)
     got = run(load("sdpa-flash", device), call, device, torch.bfloat16)
     last = dataclasses.replace(call, batch=1)
     *inputs, toward = (x[-1:].double() for x in call.tensors(device))

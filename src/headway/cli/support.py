@@ -52,9 +52,7 @@ def _first(backend: Backend, topic: str) -> str:
 def _section(backend: Backend) -> str:
     exact = "" if backend.exact else " Never chosen by `auto`."
     rows = [(limit.topic, limit.takes) for limit in backend.all_limits]
-    return f"## {title(backend)}\n\n{backend.summary[:1].upper()}{backend.summary[1:]}.{exact}\n\n" + _table(
-        ("topic", "takes"), rows
-    )
+    return f"## {title(backend)}\n\n{backend.summary}.{exact}\n\n" + _table(("topic", "takes"), rows)
 
 
 def title(backend: Backend) -> str:

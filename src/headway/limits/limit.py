@@ -326,7 +326,7 @@ class Masks:
 
     @property
     def takes(self) -> str:
-        known = [*(() if self.needs else ("none",)), *(mask_words(kinds) for kinds in self.native)]
+        known = [*(() if self.needs else ("none",)), *map(_kinds, self.native)]
         return ", ".join(known) + (", any other as a dense tensor" if self.dense else "")
 
     def is_native(self, kinds: frozenset[str]) -> bool:
@@ -349,6 +349,14 @@ class Masks:
         if self.needs and not kinds & set(self.needs):
             return f"masks with {' or '.join(self.needs)}"
         return self.takes
+
+
+def _kinds(kinds: frozenset[str]) -> str:
+    return mask_words(kinds) if len(kinds) < MANY else f"any combination of {', '.join(sorted(kinds))}"
+
+
+MANY = 5
+"""From so many terms on, a set is said to be what it is, a choice and not a conjunction."""
 
 
 # -- options and gradients ------------------------------------------------------------------------------------------

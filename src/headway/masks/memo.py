@@ -17,17 +17,17 @@ def kept(
 
     Kept is only what outlives the moment. A tracer's tensors do not, nor do those that a CUDA graph records: they
     hold nothing until the graph runs. Those of inference mode are of no use to a backward pass, and are kept apart.
+    Nor may a tracer be given what was kept before it came.
     """
     on_cuda = device.type == "cuda"
-    if torch.compiler.is_compiling() or (on_cuda and torch.cuda.is_current_stream_capturing()):
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if traced or (on_cuda and torch.cuda.is_current_stream_capturing()):
         return make()
     index = torch.cuda.current_device() if on_cuda and device.index is None else device.index
     at = (what, device.type, index, torch.is_inference_mode_enabled())
     found: tuple[Tensor, ...] | None = store.get(at)
     if found is None:
-        found = make()
-        if all(type(tensor) is Tensor for tensor in found):  # a fake tensor has a class of its own
-            store[at] = found
+        found = store[at] = make()
     return found
 
 
