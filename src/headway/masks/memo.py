@@ -20,7 +20,7 @@ def kept(
     Nor may a tracer be given what was kept before it came.
     """
     on_cuda = device.type == "cuda"
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    traced = torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     if traced or (on_cuda and torch.cuda.is_current_stream_capturing()):
         return make()
     index = torch.cuda.current_device() if on_cuda and device.index is None else device.index
