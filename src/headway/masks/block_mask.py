@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 from torch.nn.attention.flex_attention import BlockMask
 
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
 from headway.masks.memo import Bounded, kept
-from headway.masks.tiles import TILE, Blocks, tiles_of
+from headway.masks.tiles import TILE, Blocks, Lists, tiles_of
 
 
 def block_mask(mask: Mask, frame: Frame, tile: int = TILE) -> BlockMask:
@@ -20,28 +23,25 @@ def block_mask(mask: Mask, frame: Frame, tile: int = TILE) -> BlockMask:
     mask.check(frame)
     tiles = tiles_of(frame, tile)
     blocks = mask.blocks(frame, tiles) or _evaluated(mask.to_bool(frame), tile)
-    # A tile that hangs over the edge is never full: kernels check bounds only where they check the rule.
-    full = blocks.every if tiles.inside is None else blocks.every & tiles.inside
     grid = torch.broadcast_shapes(blocks.some.shape, (tiles.q_ends.shape[-2], tiles.k_ends.shape[-1]))
-    partial, full = (blocks.some ^ full).expand(grid), full.expand(grid)  # full tiles are among those of something
-    by_query, by_key = (partial, full), (partial.mT, full.mT)
-    if grid[-1] == grid[-2]:
-        counts, visited = _lists(torch.stack(by_query + by_key))
+    judged = blocks.judged.expand(2, *grid)
+    if _one_launch(judged):
+        from headway.masks.visits import visits
+
+        by_query, by_key = visits(judged, frame.q_len, frame.kv_len, tile)
     else:
-        counts, visited = (  # type: ignore[assignment]  # of two sizes they cannot be one tensor
-            (*one, *other)
-            for one, other in zip(_lists(torch.stack(by_query)), _lists(torch.stack(by_key)), strict=True)
-        )
+        by_query, by_key = _sorted(judged, tiles.inside)
+    (kv_counts, kv_indices), (q_counts, q_indices) = by_query, by_key
     fields: dict[str, Any] = {
         "seq_lengths": (frame.q_len, frame.kv_len),
-        "kv_num_blocks": counts[0],
-        "kv_indices": visited[0],
-        "full_kv_num_blocks": counts[1],
-        "full_kv_indices": visited[1],
-        "q_num_blocks": counts[2],
-        "q_indices": visited[2],
-        "full_q_num_blocks": counts[3],
-        "full_q_indices": visited[3],
+        "kv_num_blocks": kv_counts[0],
+        "kv_indices": kv_indices[0],
+        "full_kv_num_blocks": kv_counts[1],
+        "full_kv_indices": kv_indices[1],
+        "q_num_blocks": q_counts[0],
+        "q_indices": q_indices[0],
+        "full_q_num_blocks": q_counts[1],
+        "full_q_indices": q_indices[1],
         "BLOCK_SIZE": (tile, tile),
         "mask_mod": mask.rule(frame),
     }
@@ -69,14 +69,35 @@ def _evaluated(keep: Tensor, tile: int) -> Blocks:
     return Blocks.of(some=any_in_tile(keep), every=~any_in_tile(~keep))
 
 
+def _one_launch(judged: Tensor) -> bool:
+    """Whether visits.py can write the lists: on a GPU, of real tensors that nothing traces."""
+    real = type(judged) is Tensor and not torch.compiler.is_compiling() and maybe_current_level() is None
+    return judged.device.type == "cuda" and real and judged.numel() > 0 and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _sorted(judged: Tensor, inside: Tensor | None) -> tuple[Lists, Lists]:
+    """By tile of queries the tiles of keys, and by tile of keys the tiles of queries."""
+    some, every = judged
+    # A tile that hangs over the edge is never full: kernels check bounds only where they check the rule.
+    full = every if inside is None else every & inside
+    partial = some ^ full  # full tiles are among those of something
+    by_query, by_key = (partial, full), (partial.mT, full.mT)
+    if judged.shape[-1] != judged.shape[-2]:
+        return _lists(torch.stack(by_query)), _lists(torch.stack(by_key))
+    counts, visited = _lists(torch.stack(by_query + by_key))
+    return (counts[:2], visited[:2]), (counts[2:], visited[2:])
+
+
 _KEPT = Bounded(64)
 
 
-def _lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles each row visits, and their indices with the visited ones first.
-
-    Kernels walk these lists with strides of their own, so `tiles` must be contiguous, not a transposed view.
-    """
+def _lists(tiles: Tensor) -> Lists:
+    """Kernels walk these lists with strides of their own, so `tiles` must be contiguous, not a transposed view."""
     width, device = tiles.shape[-1], tiles.device
 
     def keys() -> tuple[Tensor, ...]:

@@ -53,6 +53,10 @@ class Blocks:
         return self.judged[1]
 
 
+Lists = tuple[Tensor, Tensor]
+"""How many tiles each row visits, (2, batch, heads, rows), and their indices with the visited ones first, which has one
+more axis. Of the two, the first is of partial tiles and the second of full ones."""
+
 _KEPT = Bounded(64)
 
 

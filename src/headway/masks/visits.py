@@ -1,0 +1,66 @@
+"""The lists of tiles that flex attention visits, written by one launch. The same lists as block_mask.py's, on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headway.masks.tiles import Lists
+
+
+def visits(judged: Tensor, q_len: int, kv_len: int, tile: int) -> tuple[Lists, Lists]:
+    """By tile of queries the tiles of keys, and by tile of keys the tiles of queries.
+
+    `judged` is (2, batch, heads, query tiles, key tiles), as in tiles.Blocks; its axes may be expanded.
+    """
+    _, batch, heads, rows, columns = judged.shape
+    entries, cells = batch * heads, batch * heads * rows * columns
+    counts = judged.new_empty(2 * entries * (rows + columns), dtype=torch.int32)
+    indices = judged.new_empty(4 * cells, dtype=torch.int32)
+    width: Any = triton.next_power_of_2(max(rows, columns))
+    with torch.cuda.device_of(judged):
+        _write[(rows + columns, entries)](
+            judged, counts, indices, *judged.stride(), heads, rows, columns, entries, q_len, kv_len, tile, width
+        )
+    half = 2 * entries * rows
+    by_query = counts[:half].view(2, batch, heads, rows), indices[: 2 * cells].view(2, batch, heads, rows, columns)
+    by_key = counts[half:].view(2, batch, heads, columns), indices[2 * cells :].view(2, batch, heads, columns, rows)
+    return by_query, by_key
+
+
+@triton.jit
+def _write(
+    judged, counts, indices, of_kind, of_batch, of_head, of_row, of_column, heads, rows, columns, entries,
+    q_len, kv_len, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program a list: the first `rows` programs list key tiles, the others query tiles."""
+    line, entry = tl.program_id(0), tl.program_id(1)
+    by_key = (line >= rows).to(tl.int32)
+    line -= by_key * rows
+    length, width = rows + by_key * (columns - rows), columns + by_key * (rows - columns)
+    other = tl.arange(0, WIDTH)
+    q = line + by_key * (other - line)
+    k = other + by_key * (line - other)
+    real = other < width
+    at = judged + (entry // heads) * of_batch + (entry % heads) * of_head + q * of_row + k * of_column
+    some = (tl.load(at, mask=real, other=0) != 0) & real
+    every = (tl.load(at + of_kind, mask=real, other=0) != 0) & real
+    # A tile that hangs over the edge is never full: kernels check bounds only where they check the rule.
+    full = every & ((q + 1) * TILE <= q_len) & ((k + 1) * TILE <= kv_len)
+    counts += by_key * 2 * entries * rows + entry * length + line
+    indices += by_key * 2 * entries * rows * columns + (entry * length + line) * width
+    _list(counts, indices, some & (full == 0), other, real)
+    _list(counts + entries * length, indices + entries * rows * columns, full, other, real)
+
+
+@triton.jit
+def _list(count, index, visited, tiles, real):
+    """The visited tiles in order, then the others in order."""
+    before = tl.cumsum(visited.to(tl.int32), 0)
+    total = tl.sum(visited.to(tl.int32), 0)
+    tl.store(count, total)
+    tl.store(index + tl.where(visited, before - 1, total + tiles - before), tiles, mask=real)
