@@ -97,7 +97,8 @@ def unequal_causal() -> Iterator[Row]:
         mask = Causal(align=align)  # type: ignore[arg-type]  # one of the two
         for who, call in doors(mask, is_causal=True):
             inputs = draw((2, q_len, 64), (2, kv_len, 64), (2, kv_len, 64))
-            truth = headway.attention(*(x.detach().double() for x in inputs), mask=mask, backend="reference")
+            q, k, v = (x.detach().double() for x in inputs)
+            truth = headway.attention(q, k, v, mask, backend="reference")
             row: Row = {"case": f"causal {q_len}x{kv_len}, error against {align}", "who": who}
             try:
                 out, states = ran(call, inputs)
@@ -126,7 +127,7 @@ def grouped_heads() -> Iterator[Row]:
 
 def nan_gradients() -> Iterator[Row]:
     """pytorch#196678, and headway's way into the same kernel with the quarantine left out."""
-    kinds = ("causal", "padding", "random")
+    kinds, extras = ("causal", "padding", "random"), Extras(scale=0.125, needs_grad=True)
     for length, kind, factor in itertools.product((64, 128, 192, 320, 704), kinds, (1.0, 30.0)):
         column, square = torch.arange(length, device="cuda"), torch.ones(length, length, device="cuda").bool()
         keep = {
@@ -135,10 +136,10 @@ def nan_gradients() -> Iterator[Row]:
             "random": (torch.rand(length, length, device="cuda") > 0.5) | torch.eye(length, device="cuda").bool(),
         }[kind].expand(2, 1, length, length)
         frame = Frame(length, length, 2, 8, keep.device)
-        extras = Extras(scale=0.125, needs_grad=True)
+        lowered = sdpa_cudnn.lower(Dense(keep), frame, DTYPE)
 
-        def unguarded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor = keep, frame: Frame = frame) -> Tensor:
-            return sdpa_cudnn.attend(q, k, v, sdpa_cudnn.lower(Dense(keep), frame, DTYPE), extras)[0]
+        def unguarded(q: Tensor, k: Tensor, v: Tensor, lowered: Any = lowered) -> Tensor:
+            return sdpa_cudnn.attend(q, k, v, lowered, extras)[0]
 
         calls: dict[str, Call] = {
             f"torch {name}": partial(through_torch, TORCH[name], attn_mask=keep)
