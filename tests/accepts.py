@@ -81,7 +81,7 @@ OTHER_MASKS = words(
         padding; padding-left; padding-holes; padding-all; padding & padding; padding-all, large logits
         tree; tree-tail
         dense; dense-per-head; dense-over-keys; dense-over-queries; dense-empty-rows
-        bias; bias-per-head; bias-over-keys; bias-blocks; bias-empty-rows; bias & bias; causal & bias
+        bias; bias-per-head; bias-over-keys; bias-blocks; bias-empty-rows; bias-lowest-row; bias & bias; causal & bias
         alibi & documents-cross; causal & alibi & padding
         predicate; predicate-captures; not-causal; not-documents; ~(window & documents)
         causal & padding; causal & padding-left; documents & causal & padding; (window | prefix) & padding

@@ -188,6 +188,9 @@ SQUARE: dict[str, Callable[[Frame], Mask]] = {
     "bias-over-keys": random_bias("bias over keys", 2, 1, 1, 48),
     "bias-blocks": random_bias("bias blocks", 48, 48, blocked=0.4),
     "bias-empty-rows": lambda f: Bias(torch.zeros(48, 48, device=f.device).index_fill(0, _some(f), float("-inf"))),
+    "bias-lowest-row": lambda f: Bias(
+        torch.zeros(48, 48, device=f.device).index_fill(0, _some(f), torch.finfo(torch.float32).min)
+    ),
     "bias & bias": lambda f: random_bias("one", 48, 48)(f) & random_bias("two", 2, 1, 1, 48)(f),
     "bias-learnt": random_bias("bias learnt", 2, 2, 48, 48, learns=True),
     "bias-learnt-per-head": random_bias("bias learnt per head", 1, 2, 48, 48, learns=True),
@@ -211,6 +214,10 @@ SQUARE: dict[str, Callable[[Frame], Mask]] = {
     "~(window & documents)": lambda f: ~(Window(3, 3) & Documents([20, 28])),
 }
 """On 48 queries and 48 keys, two heads, two batch entries."""
+
+
+MASK_DTYPES = {"bias-lowest-row": ("float64", "float32", "bfloat16")}
+"""float16 has no number so low that it would swallow a score."""
 
 
 def _some(frame: Frame) -> Tensor:
@@ -274,7 +281,7 @@ def _shapes() -> list[Case]:
 
 def _masks() -> list[Case]:
     return [
-        *(Case(f"mask {name}", mask=mask) for name, mask in SQUARE.items()),
+        *(Case(f"mask {name}", mask=mask, dtypes=MASK_DTYPES.get(name, DTYPES)) for name, mask in SQUARE.items()),
         *(Case(f"mask {name}", lengths=lengths, mask=mask) for name, (lengths, mask) in SKEWED.items()),
         Case("mask causal, large logits", mask=SQUARE["causal"], logits=30.0),
         Case("mask padding-all, large logits", mask=SQUARE["padding-all"], logits=30.0),

@@ -45,6 +45,7 @@ SAMPLES = {
         size 64, values 32; layout tokens-first; layout every-other; mask causal; mask causal-lower-right-tall
         mask window; mask documents-some-empty; mask documents-cross-no-keys; mask padding-all; mask padding-holes
         mask causal | prefix; mask prefix-per-entry; mask tree; mask dense-per-head; mask dense-empty-rows; mask bias
+        mask bias-lowest-row
         mask bias-learnt; mask bias-learnt-over-keys; mask bias-learnt-blocks; mask bias & bias; mask alibi & causal
         mask predicate-captures; mask ~(window & documents); mask (window | prefix) & padding; mask nothing
         softcap, causal; softcap, heads 8:2, alibi; scale negative, causal; sinks, causal; sinks, lse, padding-all

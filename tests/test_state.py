@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -366,7 +367,9 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     mask, new = SEEN_ON_CUDA[name](), SEEN_ON_CUDA[name]()
     attention(q, k, v, mask=mask, scale=0.1).sum().backward()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         for one in (mask, new):
             attention(q, k, v, mask=one, scale=0.2).sum().backward()

@@ -28,7 +28,9 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
     if kinds <= {"causal", "causal-upper-left"}:
         return Lowered(causal=True)
     # Never bool: on a row that sees nothing cuDNN returns garbage for a bool mask, and 0 for one of -inf.
-    return Lowered(bias=mask.to_additive(frame, dtype))
+    bias = mask.to_additive(frame, dtype)
+    # It loads rows as vectors: of one number spread over all keys it would read a misaligned address.
+    return Lowered(bias=bias if bias.stride(-1) == 1 else bias.contiguous())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:

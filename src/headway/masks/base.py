@@ -320,6 +320,8 @@ def _zero(frame: Frame, dtype: torch.dtype) -> Tensor:
 def narrowed(added: Tensor, dtype: torch.dtype) -> Tensor:
     """`added` in `dtype`; a finite number stays finite, as -inf would block what the number only disfavours."""
     most = torch.finfo(dtype).max
+    if dtype in (torch.float32, torch.bfloat16):
+        most /= 4  # kernels count in powers of two: they multiply by log2(e), in float32
     if torch.finfo(added.dtype).max > most:
         added = torch.where(added.isinf(), added, added.clamp(-most, most))
     return added.to(dtype)

@@ -49,7 +49,7 @@ class Bias(Mask):
 
     def score(self, frame: Frame) -> Score:
         bias = self.wide(frame).expand(frame.batch, frame.heads, frame.q_len, frame.kv_len)
-        return lambda score, b, h, q, k: score + bias[b, h, q, k]
+        return lambda score, b, h, q, k: score + narrowed(bias[b, h, q, k], bias.dtype)
 
     def wide(self, frame: Frame) -> Tensor:
         """The bias with four axes, of which any may be 1."""

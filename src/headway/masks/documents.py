@@ -56,14 +56,15 @@ class Packing(Remembers):
 
         return self.once(("ids", count), device, find)[0]
 
-    def extremes(self, ends: Tensor, size: int, count: int) -> Tensor:
-        """Each tile's lowest and highest document, as (low, -high, -low, high), of `count` positions in all."""
+    def extremes(self, corners: Tensor, size: int, count: int) -> Tensor:
+        """Each tile's lowest and highest document, as (low, high, -high, -low), of `count` positions in all."""
 
         def find() -> tuple[Tensor]:
-            low, high = self.ids(count, ends.device)[ends.view(2, -1)]  # ids ascend
-            return (torch.stack((low, -high, -low, high)),)
+            documents = self.ids(count, corners.device)[corners]  # ids ascend
+            documents[2:].neg_()
+            return (documents,)
 
-        return self.once(("extremes", size, count), ends.device, find)[0]
+        return self.once(("extremes", size, count), corners.device, find)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -148,13 +149,12 @@ class Documents(Mask):
         return lambda b, h, q, k: q_doc[q] == k_doc[k]
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
-        q = self.queries.extremes(tiles.q_ends, tiles.size, frame.q_len)
-        k = self.keys.extremes(tiles.k_ends, tiles.size, frame.kv_len)
+        q = self.queries.extremes(tiles.q_corners, tiles.size, frame.q_len)
+        k = self.keys.extremes(tiles.k_corners, tiles.size, frame.kv_len)
         # Two tiles share a document if the higher low is at most the lower high, and hold no other if the higher high
-        # is at most the lower low. With lows and highs negated in turn, both are: two maxima add up to at most 0.
-        highest = torch.maximum(q[:, :, None], k[:, None, :])
-        shared = highest.view(2, 2, *highest.shape[1:]).sum(1, dtype=torch.int32) <= 0
-        return Blocks(shared[:, None, None])
+        # is at most the lower low. The second of each is minus the maximum of the negated.
+        higher = torch.maximum(q[:, :, None], k[:, None, :])
+        return Blocks((higher[:2] + higher[2:] <= 0)[:, None, None])
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         return self.one_packing and frame.q_len == frame.kv_len and witness is not Witness.FIRST_KEY

@@ -21,13 +21,16 @@ class Tiles:
     hold last and first: what may be seen in a tile depends on one corner of it, and what surely is on the other.
     """
 
+    size: int
+    q_corners: Tensor
+    """First, last, last and first query of each tile, (4, query tiles); `q_ends` and `q_back` are views of it."""
+    k_corners: Tensor
     q_ends: Tensor
     q_back: Tensor
     k_ends: Tensor
     k_back: Tensor
-    inside: Tensor | None
+    inside: Tensor | None = None
     """Tiles that do not hang over the edge; None if none does."""
-    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +67,20 @@ def tiles_of(frame: Frame, size: int) -> Tiles:
     """The tiles of a frame. To launch a kernel costs more than to run one of this size, so they are kept."""
 
     def make() -> tuple[Tensor, ...]:
-        q = k = _ends(frame.q_len, size, frame.device)
+        q = k = _corners(frame.q_len, size, frame.device)
         if frame.q_len != frame.kv_len:
-            k = _ends(frame.kv_len, size, frame.device)
+            k = _corners(frame.kv_len, size, frame.device)
         (q_ends, q_back), (k_ends, k_back) = q.view(2, 2, 1, 1, -1, 1), k.view(2, 2, 1, 1, 1, -1)
-        tiles = q_ends, q_back, k_ends, k_back
+        tiles = q, k, q_ends, q_back, k_ends, k_back
         if frame.q_len % size == 0 and frame.kv_len % size == 0:
             return tiles
         return *tiles, (q_ends[0] + size <= frame.q_len) & (k_ends[0] + size <= frame.kv_len)
 
-    q_ends, q_back, k_ends, k_back, *inside = kept(_KEPT, (frame.q_len, frame.kv_len, size), frame.device, make)
-    return Tiles(q_ends, q_back, k_ends, k_back, inside[0] if inside else None, size)
+    return Tiles(size, *kept(_KEPT, (frame.q_len, frame.kv_len, size), frame.device, make))
 
 
-def _ends(length: int, size: int, device: torch.device) -> Tensor:
-    """Ends and back of one axis."""
+def _corners(length: int, size: int, device: torch.device) -> Tensor:
+    """Those of one axis."""
     first = torch.arange(0, length, size, device=device, dtype=torch.int32)
     last = (first + (size - 1)).clamp_max(length - 1)
     return torch.stack((first, last, last, first))
