@@ -38,7 +38,8 @@ PLAIN_SHAPES = (
 )
 SIZE_8 = words("size 8")
 SIZE_40 = words("size 40")
-SIZES_TO_256 = words("size 16; size 128; size 256") | SIZE_40
+SIZE_16 = words("size 16")
+SIZES_TO_256 = words("size 128; size 256") | SIZE_16 | SIZE_40
 SIZE_264 = words("size 264")
 SIZE_76 = words("size 76")
 OTHER_VALUES = words("size 64, values 32; size 64, values 128; size 40, values 24")
@@ -155,7 +156,7 @@ ACCEPTS: dict[str, dict[str, Accepts]] = {
             learns=ANY_MASK | ONE_BY_ONE | (ALL_SIZES - OTHER_VALUES) | DETERMINISTIC | WIDE | GRAPH | NO_SYNC,
             infers=LEARNT | SINKS_LEARNT | SINKS_AND_LSE_DENSE,
         ),
-        "flex": Accepts(FLOATS, infers=FLEX - SOFTCAP_SINKS - ALL_SINKS - SINKS_LEARNT - ALL_LSE - GRAPH),
+        "flex": Accepts(FLOATS, infers=FLEX - SIZE_16 - SOFTCAP_SINKS - ALL_SINKS - SINKS_LEARNT - ALL_LSE - GRAPH),
         "sdpa-cudnn": Accepts(),
         "sdpa-efficient": Accepts(),
         "torch-varlen": Accepts(),

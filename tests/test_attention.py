@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -26,12 +27,15 @@ from headway import (
     MaskError,
     NoBackendError,
     Padding,
+    RecompileBudgetError,
     RequestError,
     UnknownNameError,
     Window,
     attention,
 )
 from headway.backends.registry import NAMES
+
+door = importlib.import_module("headway.attention")
 
 pytestmark = pytest.mark.usefixtures("flex_uncompiled")
 
@@ -64,11 +68,11 @@ def draw(
 # -- no numbers at all ------------------------------------------------------------------------------------------------
 
 EMPTY = {
-    "no batch": ((0, 2, 5, 16), (0, 2, 5, 16)),
-    "no heads": ((2, 0, 5, 16), (2, 0, 5, 16)),
-    "no queries": ((2, 2, 0, 16), (2, 2, 5, 16)),
-    "no keys": ((2, 2, 5, 16), (2, 2, 0, 16)),
-    "neither": ((2, 2, 0, 16), (2, 2, 0, 16)),
+    "no batch": ((0, 2, 5, 32), (0, 2, 5, 32)),
+    "no heads": ((2, 0, 5, 32), (2, 0, 5, 32)),
+    "no queries": ((2, 2, 0, 32), (2, 2, 5, 32)),
+    "no keys": ((2, 2, 5, 32), (2, 2, 0, 32)),
+    "neither": ((2, 2, 0, 32), (2, 2, 0, 32)),
 }
 
 
@@ -403,3 +407,60 @@ def test_inputs_are_left_as_they_were(device: str) -> None:
     for x, (value, stride, version) in zip((q, k, v), before, strict=True):
         assert torch.equal(x, value)
         assert (x.stride(), x._version) == (stride, version)
+
+
+def test_a_refusal_inside_a_transform_names_the_real_lengths() -> None:
+    q, k, v = draw(2, 2, 9, 16, kv_len=9)
+    with pytest.raises(NoBackendError, match=r"heads 2, length 9,"):
+        torch.func.vmap(lambda q, k, v: attention(q[None], k[None], v[None], backend="sdpa-flash")[0])(
+            q[:, None].squeeze(1), k, v
+        )
+
+
+def test_values_of_nothing_have_no_lse() -> None:
+    """They gave -inf for rows that see keys."""
+    q, k, _ = draw(1, 2, 3, 8)
+    assert attention(q, k, k[..., :0]).shape == (1, 2, 3, 0)
+    with pytest.raises(RequestError, match="values of size 0 with return_lse"):
+        attention(q, k, k[..., :0], return_lse=True)
+
+
+def test_nested_tensors_and_a_scale_that_learns_are_refused_in_words() -> None:
+    q, k, v = draw(1, 2, 3, 8)
+    with pytest.raises(RequestError, match=r"multiply q by it"):
+        attention(q, k, v, scale=torch.tensor(1.0))  # type: ignore[call-overload]
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3, 8)], layout=torch.jagged)
+    with pytest.raises(RequestError, match=r"got nested tensors.*Documents"):
+        attention(nested, k, v)
+
+
+def test_explain_decides_as_attention_does() -> None:
+    """Under autocast by its dtype, and by the class of the lengths."""
+    q, k, v = draw(1, 2, 9, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert headway.explain(q, k, v, require=("float32",)).chosen is None
+        with pytest.raises(NoBackendError):
+            attention(q, k, v, require=("float32",))
+    assert "length 9," in str(headway.explain(q, k, v))
+
+
+def test_a_growing_cache_outlives_the_budget_of_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under auto the next backend takes over, with a warning; by name it raises."""
+    from headway.backends import flex
+
+    def spent(*_: object) -> None:
+        raise RecompileBudgetError("flex attention would be compiled for the 17th time")
+
+    monkeypatch.setattr(flex, "attend", spent)
+    monkeypatch.setattr("headway.choice.choose._tier", lambda backend, machine: backend.name != "flex")
+    door._choose.cache_clear()
+    q, k, v = draw(1, 2, 9, 32)
+    try:
+        assert headway.explain(q, k, v, softcap=3.0).chosen.name == "flex"  # type: ignore[union-attr]
+        with pytest.warns(RuntimeWarning, match=r"17th time.*auto takes reference"):
+            check(Call(q, k, v, softcap=3.0))
+        check(Call(q, k, v, softcap=3.0))
+        with pytest.raises(RecompileBudgetError):
+            attention(q, k, v, softcap=3.0, backend="flex")
+    finally:
+        door._choose.cache_clear()

@@ -345,3 +345,37 @@ def test_inductor_takes_kernels_into_its_own_program(backend: str) -> None:
     run = torch.compile(lambda q, k, v: attention(q, k, v, made(), backend=backend, **options), fullgraph=True)
     q, k, v = draw(2, HEADS, 32, 64, device="cuda", dtype=torch.bfloat16, learns=True)
     agrees(run, Call(q, k, v, mask=made(), **options))
+
+
+def test_lengths_are_one_program_and_export_takes_their_range() -> None:
+    """Each class of a length was a program of its own, and torch gives up after eight."""
+    counter = CompileCounter()
+    run = torch.compile(
+        lambda q, k: attention(q, k, k, mask=Causal("lower-right")), dynamic=True, fullgraph=True, backend=counter
+    )
+    for length in (5, 100, 192, 300, 600, 1000, 1100, 2000, 3000):
+        run(torch.randn(1, 1, length, 16), torch.randn(1, 1, length, 16))
+    assert counter.frame_count == 1
+    for q_len, kv_len in ((5, 100), (300, 20), (700, 100), (64, 192), (3000, 10), (3, 2000), (40, 41)):
+        run(torch.randn(1, 1, q_len, 16), torch.randn(1, 1, kv_len, 16))
+    assert counter.frame_count <= 3
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return attention(q, q, q, mask=Causal())
+
+    exported = torch.export.export(
+        Module(), (torch.randn(1, 2, 16, 16),), dynamic_shapes={"q": {2: torch.export.Dim("length", min=2, max=100)}}
+    )
+    q = torch.randn(1, 2, 77, 16)
+    torch.testing.assert_close(exported.module()(q), attention(q, q, q, mask=Causal()))
+
+
+def test_transforms_inside_a_compiled_function() -> None:
+    q = torch.randn(3, 1, 2, 8, 16)
+    torch.testing.assert_close(
+        torch.compile(torch.func.vmap(lambda x: attention(x, x, x)), fullgraph=True, backend="eager")(q),
+        torch.stack([attention(x, x, x) for x in q]),
+    )
+    grad = torch.func.grad(lambda x: attention(x, x, x).sum())
+    torch.testing.assert_close(torch.compile(grad, fullgraph=True, backend="eager")(q[0]), grad(q[0]))

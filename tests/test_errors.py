@@ -18,6 +18,8 @@ BUILTIN = {
     errors.UnknownNameError: ValueError,
     errors.NoBackendError: RuntimeError,
     errors.RecompileBudgetError: RuntimeError,
+    errors.SwapError: RuntimeError,
+    errors.CertificateError: ValueError,
 }
 
 

@@ -20,7 +20,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import headway
-from headway import Bias, Causal, Dense, Documents, HeadwayError, Mask, Padding, Predicate, Prefix, Window, attention
+from headway import (
+    Alibi,
+    Bias,
+    Causal,
+    Dense,
+    Documents,
+    HeadwayError,
+    Mask,
+    Padding,
+    Predicate,
+    Prefix,
+    Window,
+    attention,
+)
 from headway.backends import reference, sdpa_flash, sdpa_math
 
 door = importlib.import_module("headway.attention")  # the name `headway.attention` is the function
@@ -253,7 +266,7 @@ def test_learnt_sinks_after_the_same_call_without_gradients() -> None:
 
 
 def test_many_kinds_of_call_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_MOST_PLANS", 8)
+    monkeypatch.setattr(door._Plans, "most", 8)
     for length in range(1, 30):
         attention(*draw(1, 1, length, 16), mask=Causal())
     assert len(door._PLANS) <= 8
@@ -442,6 +455,7 @@ def test_parameters_are_inputs_as_good_as_any(device: str) -> None:
     for mask in (None, Causal(), Padding([9, 4])):
         check(Call(q, k, v, mask=mask))
         check(Call(q.detach(), k, v.detach(), mask=mask))
+    assert len(door._PLANS) > 0, "planned once, as for any tensor"
 
 
 class Tagged(Tensor):
@@ -490,3 +504,32 @@ def test_a_module_moves_to_another_dtype_and_back() -> None:
     mask = Padding([9, 4]) & Causal()
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
         check(Call(*(x.to(dtype) for x in (q, k, v)), mask=mask))
+
+
+def test_lowered_masks_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that lives as long as a module keeps one lowering; plain masks keep no more than so many bytes in all."""
+    alibi = Alibi(torch.tensor([0.5, 0.25]))
+    for length in range(20, 40):
+        q, k, v = draw(1, 2, length, 16)
+        attention(q, k, v, mask=alibi)
+    kept_now = [value for at, value in alibi.memo.items() if isinstance(at, tuple) and at[0] == "lowered"]
+    assert len(kept_now) == 1
+    monkeypatch.setattr(door._Plans, "most_bytes", 20_000)
+    for length in range(40, 60):
+        q, k, v = draw(1, 2, length, 16)
+        attention(q, k, v, mask=Window(3))
+        assert door._PLANS.bytes <= 20_000
+
+
+def test_kept_tensors_do_not_come_out_of_a_transform() -> None:
+    """One was kept that torch.func had wrapped; flex met it later, in another call."""
+    from headway.masks import frame as frames
+
+    frames._SCALARS.clear()
+    q, k, v = draw(1, 2, 9, 32)
+    documents = Documents([4, 5])
+    torch.func.grad(lambda x: attention(x, k, v, mask=Window(left=3)).sum() + attention(x, k, v, mask=documents).sum())(
+        q
+    )
+    kept_now = [*frames._SCALARS.values(), *documents.queries.memo.values()]
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for pair in kept_now for t in pair)

@@ -2,11 +2,13 @@
 
 from headway.attention import attention, explain
 from headway.errors import (
+    CertificateError,
     HeadwayError,
     MaskError,
     NoBackendError,
     RecompileBudgetError,
     RequestError,
+    SwapError,
     UnknownNameError,
 )
 from headway.masks import (
@@ -24,6 +26,7 @@ from headway.masks import (
     Window,
     recognise,
 )
+from headway.swap import Census, Swap, inspect, swap, undo
 
 __version__ = "0.1.0"
 
@@ -31,6 +34,8 @@ __all__ = [
     "Alibi",
     "Bias",
     "Causal",
+    "Census",
+    "CertificateError",
     "Dense",
     "Documents",
     "Full",
@@ -43,10 +48,15 @@ __all__ = [
     "Prefix",
     "RecompileBudgetError",
     "RequestError",
+    "Swap",
+    "SwapError",
     "Tree",
     "UnknownNameError",
     "Window",
     "attention",
     "explain",
+    "inspect",
     "recognise",
+    "swap",
+    "undo",
 ]

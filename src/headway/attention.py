@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from operator import index
 from typing import Any, Literal, cast, overload
@@ -20,8 +21,9 @@ from headway.backends.kernel import Extras, Kernel
 from headway.backends.registry import NAMES, Backend
 from headway.choice.choose import Decision, choose
 from headway.choice.here import here
-from headway.errors import MaskError, RequestError, UnknownNameError
-from headway.limits.request import CONTRACTS, Request, representative
+from headway.errors import MaskError, NoBackendError, RecompileBudgetError, RequestError, UnknownNameError
+from headway.limits.machine import Machine
+from headway.limits.request import CONTRACTS, Request, length_class
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
 from headway.masks.terms import rows_may_be_empty, terms
@@ -29,6 +31,8 @@ from headway.masks.terms import rows_may_be_empty, terms
 ENVIRONMENT = "HEADWAY_BACKEND"
 _ENVIRON: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # os.environ itself takes a microsecond
 _IN_ENVIRON = os.environ.encodekey(ENVIRONMENT)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+"""Tensors with nothing of their own to do at a call."""
 
 
 @overload
@@ -76,9 +80,9 @@ def attention(
     """
     if type(require) is not tuple and type(require) is not str:
         require = tuple(require)  # read once: it may be a generator
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if torch._C._is_any_autocast_enabled() and _casts(q):
         return _autocast(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-    if is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or _transformed():
+    if is_compiling() or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN) or _transformed():
         return _traced(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
     # Everything a plan depends on. What tensors hold is never a part of it, so nothing waits for a device.
     key = (
@@ -96,10 +100,14 @@ def attention(
     plan = _PLANS.get(key)
     if plan is None:
         plan = _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-        if len(_PLANS) >= _MOST_PLANS:
-            _PLANS.clear()
         _PLANS[key] = plan
-    return plan.run(q, k, v, mask, scale, dropout, softcap, sinks)
+    try:
+        return plan.run(q, k, v, mask, scale, dropout, softcap, sinks)
+    except RecompileBudgetError as error:
+        if asked_backend(backend) != "auto":
+            raise
+        plan = _PLANS[key] = _without_flex(error, q, k, v, mask, scale, dropout, softcap, sinks, require, return_lse)
+        return plan.run(q, k, v, mask, scale, dropout, softcap, sinks)
 
 
 def explain(
@@ -122,8 +130,11 @@ def explain(
     >>> print(str(explain(q, q, q, backend="sage")).splitlines()[0])
     no backend: sage was asked for by name and does not take it
     """
+    if _casts(q):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     request = _request(q, k, v, mask, scale, dropout, softcap, sinks, require, return_lse)
-    return choose(request, here(q.device), _asked(backend))
+    return _decide(request, here(q.device), asked_backend(backend))
 
 
 # -- plans: a decision and all that need not be done twice ---------------------------------------------------------
@@ -148,7 +159,7 @@ class Plan:
         self.kernel: Kernel = backend.load()
         self.empty = self.copies = False
         self.return_lse = extras.lse
-        self.plain = mask is None or not mask.tensors
+        self.plain = mask is None or mask.is_value
         self._lowered = None
         if self.plain and frame.q_len and frame.kv_len:
             with torch.inference_mode(False):  # a plan made for inference serves training too
@@ -180,19 +191,50 @@ class Plan:
     def _lower(self, mask: Mask | None, dtype: torch.dtype) -> Any:
         """The mask for this kernel: kept with the mask, for the layers that share it, until its tensors change."""
         assert mask is not None
-        if any(t.requires_grad or t.is_inference() for t in mask.tensors):
+        tensors = mask.tensors
+        if any(t.requires_grad or t.is_inference() for t in tensors):
             return self.kernel.lower(mask, self.frame, dtype)
-        versions = tuple(t._version for t in mask.tensors)
-        at = ("lowered", self.backend.name, self.frame, dtype)
+        # One for each backend: the lowerings of every length that a cache grows through would fill the memory.
+        at, state = ("lowered", self.backend.name), (self.frame, dtype, mask.state())
         found = mask.memo.get(at)
-        if found is None or found[0] != versions:
+        if found is None or found[0] != state:
             with torch.inference_mode(False):
-                found = mask.memo[at] = (versions, self.kernel.lower(mask, self.frame, dtype))
-        return found[1]
+                # Holding the tensors keeps their ids theirs.
+                found = mask.memo[at] = (state, tensors, self.kernel.lower(mask, self.frame, dtype))
+        return found[2]
 
 
-_MOST_PLANS = 4096
-_PLANS: dict[Any, Plan] = {}
+class _Plans(dict[Any, Plan]):
+    """Plans by key, emptied when there are too many, or when the masks they hold as tensors take too much."""
+
+    most, most_bytes = 4096, 1 << 28
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __setitem__(self, key: Any, plan: Plan) -> None:
+        size = _bytes_of(plan._lowered)
+        if len(self) >= self.most or self.bytes + size > self.most_bytes:
+            self.clear()
+        self.bytes += size
+        super().__setitem__(key, plan)
+
+    def clear(self) -> None:
+        super().clear()
+        self.bytes = 0
+
+
+def _bytes_of(lowered: Any) -> int:
+    """The memory of the tensors in a lowered mask."""
+    if isinstance(lowered, Tensor):
+        return lowered.untyped_storage().nbytes()
+    if isinstance(lowered, tuple | list):
+        return sum(map(_bytes_of, lowered))
+    return sum(map(_bytes_of, vars(lowered).values())) if hasattr(lowered, "__dict__") and not callable(lowered) else 0
+
+
+_PLANS = _Plans()
 
 
 def _plan(
@@ -201,10 +243,7 @@ def _plan(
 ) -> Plan:  # fmt: skip
     request = _request(q, k, v, mask, scale, dropout, softcap, sinks, require, return_lse)
     machine = here(q.device)
-    asked = _asked(backend)
-    chosen = _choose(request.rounded(), machine, asked).chosen
-    if chosen is None:
-        chosen = choose(request, machine, asked).backend()  # raises, in the words of the call itself
+    chosen = _decide(request, machine, asked_backend(backend)).backend()
     extras = Extras(
         scale=1 / math.sqrt(max(request.head_dim, 1)),
         lse=return_lse,
@@ -220,7 +259,37 @@ def _plan(
 _choose = functools.lru_cache(maxsize=4096)(choose)
 
 
-def _asked(backend: str) -> str:
+def _decide(request: Request, machine: Machine, asked: str) -> Decision:
+    """What is decided for the request's class, which few are, in the words of the request itself."""
+    decision = _choose(request.rounded(), machine, asked)
+    return (
+        choose(request, machine, asked) if decision.chosen is None else dataclasses.replace(decision, request=request)
+    )
+
+
+def _without_flex(error: RecompileBudgetError, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Plan:
+    """Auto's next best, and not in silence: whose shapes change at every call should know."""
+    mask, scale, dropout, softcap, sinks, require, return_lse = rest
+    decision = explain(
+        q,
+        k,
+        v,
+        mask,
+        scale=scale,
+        dropout=dropout,
+        softcap=softcap,
+        sinks=sinks,
+        require=require,
+        return_lse=return_lse,
+    )
+    others = [name for name in decision.accepted if name != "flex"]
+    if not others:
+        raise error
+    warnings.warn(f"{error}. Until then auto takes {others[0]} for such calls.", RuntimeWarning, stacklevel=3)
+    return _plan(q, k, v, mask, scale, dropout, softcap, sinks, others[0], require, return_lse)
+
+
+def asked_backend(backend: str) -> str:
     """The backend asked for: by the call, else by the environment, else auto."""
     if backend != "auto":
         return backend
@@ -238,6 +307,10 @@ def _request(
     sinks: Tensor | None, require: Iterable[str], return_lse: bool,
 ) -> Request:  # fmt: skip
     _check(q, k, v, mask, scale, dropout, softcap, sinks)
+    if return_lse and v.shape[3] == 0:
+        raise RequestError(
+            "got values of size 0 with return_lse; takes values of 1 or more: give k as values for its lse"
+        )
     facts = None if mask is None else _facts(mask, q, k)
     tensors = (q, k, v) if sinks is None else (q, k, v, sinks)
     mask_needs_grad = facts is not None and facts.needs_grad
@@ -271,6 +344,8 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float | None, dropout: float, softcap: float | None,
     sinks: Tensor | None,
 ) -> None:  # fmt: skip
+    if q.is_nested or k.is_nested or v.is_nested:
+        raise RequestError("got nested tensors; takes dense ones: pack them and say Documents(lengths), or pad them")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise RequestError(f"got {shapes}; takes (batch, heads, length, head_dim) for each: add the axes that lack")
@@ -296,6 +371,10 @@ def _check(
         )
     if q.shape[3] == 0:
         raise RequestError(f"got {shapes}; takes a head_dim of 1 or more: there is nothing to compare")
+    if isinstance(scale, Tensor):
+        raise RequestError(
+            "got a tensor for scale; takes a number: multiply q by it, attention(q * scale, k, v, scale=1.0)"
+        )
     if scale is not None and not -math.inf < scale < math.inf:
         raise RequestError(f"got scale={scale}; takes a finite number, or None for 1 / sqrt(head_dim)")
     if not 0 <= dropout < 1:
@@ -324,7 +403,7 @@ def _mask_key(mask: Mask, q: Tensor, k: Tensor) -> Mask | Facts:
     """A mask that is a plain value stands for itself; of one that holds tensors a plan depends on its facts."""
     if not isinstance(mask, Mask):
         _check(q, k, k, mask, None, 0.0, None, None)
-    return _facts(mask, q, k) if mask.tensors else mask
+    return mask if mask.is_value else _facts(mask, q, k)
 
 
 def _facts(mask: Mask, q: Tensor, k: Tensor) -> Facts:
@@ -356,7 +435,7 @@ def _is_aligned(x: Tensor) -> bool:
     """Rows contiguous, and on CUDA starting on 16 bytes: kernels there load vectors, and crash on others."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return False
-    if x.device.type != "cuda" or is_compiling() or type(x) is not Tensor or _transformed():
+    if x.device.type != "cuda" or is_compiling() or type(x) not in _PLAIN or _transformed():
         return True
     size = x.element_size()
     return x.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in x.stride()[:-1])
@@ -364,7 +443,19 @@ def _is_aligned(x: Tensor) -> bool:
 
 def _transformed() -> bool:
     """True inside a torch.func transform, or where dual numbers carry derivatives forward."""
+    return _transforming() if is_compiling() else maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
+def _transforming() -> bool:
+    """The same for a tracer, which is inside the transform while it traces it."""
     return maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def _casts(q: Tensor) -> bool:
+    """Whether autocast would compute in a dtype of its own."""
+    kind = q.device.type
+    return q.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 # -- calls that are not planned -----------------------------------------------------------------------------------
@@ -400,15 +491,21 @@ def _traced(
     )
     # Heads and head sizes are a model's own: index() fixes a symbolic one. A length only chooses its class.
     heads, kv_heads, head_dim, value_dim = (index(n) for n in (q.shape[1], k.shape[1], q.shape[3], v.shape[3]))
-    q_len = representative(q.shape[2])
-    kv_len = q_len if q.shape[2] == k.shape[2] else representative(k.shape[2])
+    batch, q_len, kv_len = q.shape[0], q.shape[2], k.shape[2]
+    if is_compiling():
+        square, batch = q_len == kv_len, 1 if batch <= 65535 else 65536
+        half_tile = (not square or kv_len % 128 == 64) if facts is not None and needs_grad else None
+        kv_len = length_class(kv_len, q.device.type, half_tile)
+        q_len = kv_len if square else 1 if q_len == 1 else kv_len + 128
     entry = _entry_for(
-        1, heads, kv_heads, q_len, kv_len, head_dim, value_dim, str(q.dtype), q.device.type, q.device.index,
+        batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, str(q.dtype), q.device.type, q.device.index,
         None if facts is None else tuple(sorted(facts.kinds)), facts is not None and facts.rows_may_be_empty,
         facts is not None and facts.needs_grad, _settled(dropout > 0), softcap is not None, sinks is not None,
         return_lse, _settled(scale is None or 0 < scale < math.inf), needs_grad, _transformed(), is_compiling(),
         tuple((require,) if isinstance(require, str) else require), backend,
     )  # fmt: skip
+    if entry not in _KERNELS:
+        raise NoBackendError(entry)  # raised here, where a tracer sees an error of the call and not one of its own
     kernel = _KERNELS[entry]
     extras = Extras(
         1 / math.sqrt(head_dim) if scale is None else scale, dropout, softcap, sinks, return_lse, needs_grad,
@@ -430,14 +527,17 @@ def _entry_for(
     mask_needs_grad: bool, dropout: bool, softcap: bool, sinks: bool, returns_lse: bool, plain_scale: bool,
     needs_grad: bool, transformed: bool, compiled: bool, require: tuple[str, ...], backend: str,
 ) -> str:  # fmt: skip
-    """The chosen kernel's entry, from plain values alone: a constant to a tracer."""
+    """The chosen kernel's entry, or the words of the refusal, from plain values alone: a constant to a tracer."""
     request = Request(
         batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, dtype.removeprefix("torch."), device,
         frozenset(kinds or ()), rows_may_be_empty, mask_needs_grad, dropout, softcap, sinks, returns_lse, plain_scale,
         needs_grad, transformed=transformed, compiled=compiled, require=_contracts(require),
     )  # fmt: skip
     machine = here(torch.device(device) if device_index is None else torch.device(device, device_index))
-    chosen = choose(request, machine, _asked(backend)).backend()
+    try:
+        chosen = _decide(request, machine, asked_backend(backend)).backend()
+    except NoBackendError as error:
+        return str(error)
     kernel = _KERNELS[chosen.entry] = chosen.load()
     for operator in getattr(kernel, "OPERATORS", ()):
         torch.compiler.allow_in_graph(operator)

@@ -34,3 +34,11 @@ class NoBackendError(HeadwayError, RuntimeError):
 
 class RecompileBudgetError(HeadwayError, RuntimeError):
     """A compiled kernel would be compiled more often than its budget allows."""
+
+
+class SwapError(HeadwayError, RuntimeError):
+    """A model cannot be swapped, or put back, as asked."""
+
+
+class CertificateError(HeadwayError, ValueError):
+    """A file is no certificate, or one that contradicts itself."""

@@ -37,7 +37,7 @@ COMPILED: dict[str, tuple[Callable[[], Mask | None], dict[str, Any]]] = {
 def test_compiled_on_cpu(name: str) -> None:
     """More than one block of 128, and not a whole number of them."""
     mask, options = COMPILED[name]
-    check(Call(*draw(2, 2, 160, 16), mask=mask(), **options), "flex", learns=False)
+    check(Call(*draw(2, 2, 160, 32), mask=mask(), **options), "flex", learns=False)
 
 
 # -- what is compiled again, counted without compiling --------------------------------------------------------------
@@ -53,7 +53,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_numbers_of_a_mask_are_no_new_program(compilations: list[int]) -> None:
     """Windows, prefixes, document lengths: data, not code."""
-    q, k, v = draw(2, 2, 32, 16)
+    q, k, v = draw(2, 2, 32, 32)
     for left in (3, 4, 9):
         attention(q, k, v, mask=Window(left, 2), backend="flex")
     assert len(compilations) == 1
@@ -66,7 +66,7 @@ def test_numbers_of_a_mask_are_no_new_program(compilations: list[int]) -> None:
 
 
 def test_softcaps_and_scales(compilations: list[int]) -> None:
-    q, k, v = draw(2, 2, 32, 16)
+    q, k, v = draw(2, 2, 32, 32)
     for softcap in (1.0, 2.0, 30.0):
         attention(q, k, v, softcap=softcap, backend="flex")
     assert len(compilations) == 1
@@ -74,7 +74,7 @@ def test_softcaps_and_scales(compilations: list[int]) -> None:
 
 def test_predicates_of_one_code_share_a_program(compilations: list[int]) -> None:
     """A predicate made anew at each step, as users write them, is not a program a step."""
-    q, k, v = draw(2, 2, 32, 16)
+    q, k, v = draw(2, 2, 32, 32)
     for step in (2, 3, 4):
         n = torch.tensor(step)
         attention(q, k, v, mask=Predicate(lambda b, h, q, k, n=n: (q - k) % n == 0), backend="flex")
@@ -85,17 +85,17 @@ def test_past_the_budget_it_raises(compilations: list[int], monkeypatch: pytest.
     """Torch counts too, and at its own limit of 8 would run the unfused path from then on, with a log line."""
     monkeypatch.setattr(flex, "BUDGET", 10)
     for length in range(16, 26):
-        attention(*draw(1, 1, length, 16), mask=Causal(), backend="flex")
+        attention(*draw(1, 1, length, 32), mask=Causal(), backend="flex")
     with pytest.raises(RecompileBudgetError, match="for the 11th time, budget 10.*pad lengths.*or choose another"):
-        attention(*draw(1, 1, 26, 16), mask=Causal(), backend="flex")
-    attention(*draw(1, 1, 20, 16), mask=Causal(), backend="flex")
-    attention(*draw(1, 1, 26, 16), mask=Window(2, 2), backend="flex")
+        attention(*draw(1, 1, 26, 32), mask=Causal(), backend="flex")
+    attention(*draw(1, 1, 20, 32), mask=Causal(), backend="flex")
+    attention(*draw(1, 1, 26, 32), mask=Window(2, 2), backend="flex")
     assert len(compilations) == 11
 
 
 def test_the_budget_raises_each_time(compilations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "BUDGET", 1)
-    attention(*draw(1, 1, 16, 16), backend="flex")
+    attention(*draw(1, 1, 16, 32), backend="flex")
     for _ in range(3):
         with pytest.raises(RecompileBudgetError):
-            attention(*draw(1, 1, 17, 16), backend="flex")
+            attention(*draw(1, 1, 17, 32), backend="flex")

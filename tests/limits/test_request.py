@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.choice.choose import choose
-from headway.limits.request import Request, representative
+from headway.limits.request import Request, length_class, representative
 
 LENGTHS = st.one_of(st.integers(0, 300), st.integers(0, 1 << 24))
 
@@ -76,3 +76,13 @@ def test_what_takes_the_class_takes_the_request(q_len: int, kv_len: int, batch: 
 )
 def test_says_what_is_asked(request_: Request, said: str) -> None:
     assert str(request_) == said
+
+
+def test_compiled_lengths_have_few_classes() -> None:
+    """Torch compiles a function eight times, and then no more."""
+    lengths = range(2, 100_000, 62)
+    assert len({length_class(n, "cpu", None) for n in lengths}) == 1
+    assert len({length_class(n, "cuda", None) for n in lengths}) <= 5
+    struck = {(length_class(n, "cuda", n % 128 == 64), n % 128 == 64) for n in lengths}
+    assert len(struck) <= 6
+    assert all((length % 128 == 64) == half for length, half in struck)

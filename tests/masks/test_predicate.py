@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from headway import MaskError
+from headway import MaskError, attention
 from headway.masks import Causal, Frame, Predicate
 
 FRAME = Frame(4, 5, batch=2, heads=2)
@@ -183,3 +183,26 @@ def test_repr_names_the_function() -> None:
 def test_equal_functions_make_equal_masks() -> None:
     assert Predicate(with_default_tensor) == Predicate(with_default_tensor)
     assert hash(Predicate(with_default_tensor)) == hash(Predicate(with_default_tensor))
+
+
+WIDTH = torch.tensor(2)
+
+
+def _near(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return q - k <= WIDTH
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda b, h, q, k: q - k <= WIDTH, lambda b, h, q, k: _near(q, k)], ids=["own", "called"]
+)
+def test_tensors_in_globals_are_held(fn) -> None:
+    """A lowering kept from before the tensor changed would be another mask."""
+    mask = Predicate(fn)
+    assert any(held is WIDTH for held in mask.tensors)
+    q = torch.randn(1, 1, 8, 16)
+    before = attention(q, q, q, mask)
+    WIDTH.fill_(1)
+    try:
+        assert not torch.equal(attention(q, q, q, mask), before)
+    finally:
+        WIDTH.fill_(2)

@@ -22,10 +22,19 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> tuple[Tensor |
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor | None, Tensor | None], extras: Extras) -> Attended:
+    weights, lse = weigh(q, k, mask, extras)
+    _, v = repeat_kv(q, k, v)
+    return (weights @ v.to(weights.dtype)).to(q.dtype), lse
+
+
+def weigh(
+    q: Tensor, k: Tensor, mask: tuple[Tensor | None, Tensor | None], extras: Extras
+) -> tuple[Tensor, Tensor | None]:
+    """The weights themselves, (B, H, L, S), after dropout and without what sinks take."""
     keep, bias = mask
-    dtype = q.dtype
     # Scores and weights in float32 at least, as in every kernel.
-    q, k, v = (x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in (q, *repeat_kv(q, k, v)))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k = q.to(wide), repeat_kv(q, k, k)[0].to(wide)
     scores = (q * extras.scale) @ k.transpose(-1, -2)
     if extras.softcap is not None:
         scores = extras.softcap * torch.tanh(scores / extras.softcap)
@@ -50,4 +59,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor | None, Tensor | 
     if extras.dropout > 0:
         weights = torch.nn.functional.dropout(weights, extras.dropout)
     lse = torch.where(sees, total.log() + highest, float("-inf")).squeeze(-1) if extras.lse else None
-    return (weights @ v).to(dtype), lse
+    return weights, lse

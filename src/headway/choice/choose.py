@@ -108,7 +108,12 @@ def _wasteful(backend: Backend, request: Request, machine: Machine) -> bool:
 
 
 def _tier(backend: Backend, machine: Machine) -> int:
-    """Kernels go first on GPUs they are tuned for, then those tuned for others, then what writes all scores out."""
+    """Kernels go first on GPUs they are tuned for, then those tuned for others, then what writes all scores out.
+
+    Flex on CPU compiles for seconds at every new shape, which its gain there hardly ever pays for.
+    """
+    if backend.name == "flex" and machine.device == "cpu":
+        return 3
     if backend.name in PLAIN:
         return 2
     got = machine.capability

@@ -95,7 +95,7 @@ def _few_kv_heads(request: Request) -> bool:
 
 
 def _more_kv_heads(request: Request) -> str:
-    ratio = request.heads // request.kv_heads
+    ratio = request.heads // max(request.kv_heads, 1)
     times = next((n for n in range(2, ratio + 1) if request.kv_heads * n >= 8 and ratio % n == 0), None)
     return f"repeat k and v: k.repeat_interleave({times}, dim=1)" if times else ANOTHER
 

@@ -1,4 +1,4 @@
-"""The command line: `headway doctor`, `headway demo`, `headway explain`, `headway support`; a file each."""
+"""The command line: `headway try`, `inspect`, `verify`, `doctor`, `explain`, `support`, `demo`; a file each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from headway import __version__
-from headway.cli import demo, doctor, explain, support
+from headway.cli import demo, doctor, explain, inspect_, support, try_, verify
 
 app = typer.Typer(
     name="headway",
@@ -18,6 +18,9 @@ app = typer.Typer(
     help="The fastest attention that is right on this machine, in any PyTorch model.",
 )
 
+app.command("try")(try_.command)
+app.command("inspect")(inspect_.command)
+app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 app.command("explain")(explain.command)

@@ -5,6 +5,7 @@ From Python, `examine()` gives the same as data, and `settings()` the settings o
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -67,7 +68,8 @@ def command(
 def _import(module: str) -> None:
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` would look
     try:
-        importlib.import_module(module)
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is not the report
+            importlib.import_module(module)
     except ImportError as error:
         raise typer.BadParameter(f"cannot import {module}: {error}") from error
 

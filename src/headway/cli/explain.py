@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+from headway.attention import asked_backend
 from headway.backends.registry import BACKENDS
 from headway.choice.choose import choose
 from headway.choice.here import here
@@ -54,6 +55,13 @@ def command(
         raise typer.BadParameter(
             f"got {heads} heads and {kv_heads} key heads; takes a whole number of the first to each"
         )
+    bare = {"causal", "window"} & {word.strip() for word in mask.split("&")}
+    if kv_len not in (None, q_len) and bare:
+        word = min(bare)
+        raise typer.BadParameter(
+            f"got {word} on {q_len} queries and {kv_len} keys, which has two readings;"
+            f" takes {word}-lower-right or {word}-upper-left"
+        )
     try:
         request = Request(
             batch=batch,
@@ -76,7 +84,7 @@ def command(
             compiled=compiled,
             require=frozenset(_known("contract", word, CONTRACTS) for word in require or ()),
         )
-        decision = choose(request, here(torch.device(device)), backend)
+        decision = choose(request, here(torch.device(device)), asked_backend(backend))
     except UnknownNameError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(str(decision))

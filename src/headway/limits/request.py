@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from operator import index
 
 CONTRACTS = ("deterministic", "double-backward", "float32", "fullgraph", "maps", "no-sync")
 """Words for `require=`: what a backend must promise, or refuse the call."""
@@ -24,6 +25,21 @@ def representative(length: int) -> int:
         if length <= 1 << step:
             return (1 << step) - 64 if length % 128 == 64 else 1 << step
     return 1 << 24
+
+
+def length_class(length: int, device: str, half_tile: bool | None) -> int:
+    """A coarser class for compiled calls, where each class of a symbolic length is a program of its own.
+
+    Torch gives up after 8 programs. On CPU nothing depends on a length; on a GPU the measured times do, and for some
+    calls whether it is 64 modulo 128: `half_tile` is None for all others.
+    """
+    if device == "cpu":
+        return 1024
+    if device == "mps":
+        return index(length)  # a defect there strikes by the number of scores
+    steps = (8, 10, 12, 14) if half_tile is None else (10, 13)
+    size = next((1 << step for step in steps if length <= 1 << step), 1 << 15)
+    return size - 64 if half_tile else size
 
 
 def _batch_class(batch: int) -> int:

@@ -52,7 +52,8 @@ class Alibi(Mask):
         slopes, offset = self.moved(self.slopes, frame.device), frame.scalar(frame.offset(self.align))
 
         def fall(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            slope = slopes[h].double() if score.dtype == torch.float64 else slopes[h]
+            # Never narrower than float32: distances have more digits than a half-precision number.
+            slope = slopes[h].to(torch.float64 if score.dtype == torch.float64 else torch.float32)
             return score - slope * (q + offset - k).abs()
 
         return fall

@@ -91,6 +91,15 @@ class Mask(Remembers):
         """The tensors this mask holds; a mask with none is a plain value."""
         return ()
 
+    @property
+    def is_value(self) -> bool:
+        """True if the mask is a plain value: equal masks are the same mask, now and later."""
+        return not self.tensors
+
+    def state(self) -> tuple[Any, ...]:
+        """What tells whether the mask is still what it was: its tensors, and how often each was written to."""
+        return tuple((id(tensor), tensor._version) for tensor in self.tensors)
+
     # -- algebra ------------------------------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
@@ -173,6 +182,13 @@ class And(Mask):
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(t for part in self.parts for t in part.tensors)
 
+    @property
+    def is_value(self) -> bool:
+        return all(part.is_value for part in self.parts)
+
+    def state(self) -> tuple[Any, ...]:
+        return tuple(part.state() for part in self.parts)
+
     def check(self, frame: Frame) -> None:
         for part in self.parts:
             part.check(frame)
@@ -233,6 +249,13 @@ class Or(Mask):
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(t for part in self.parts for t in part.tensors)
 
+    @property
+    def is_value(self) -> bool:
+        return all(part.is_value for part in self.parts)
+
+    def state(self) -> tuple[Any, ...]:
+        return tuple(part.state() for part in self.parts)
+
     def check(self, frame: Frame) -> None:
         for part in self.parts:
             part.check(frame)
@@ -274,6 +297,13 @@ class Not(Mask):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.part.tensors
+
+    @property
+    def is_value(self) -> bool:
+        return self.part.is_value
+
+    def state(self) -> tuple[Any, ...]:
+        return self.part.state()
 
     def check(self, frame: Frame) -> None:
         self.part.check(frame)

@@ -8,6 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+
+
+def is_traced() -> bool:
+    """Whether tensors made now are not plain ones: inside torch.compile, a fake mode, or a torch.func transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def kept(
@@ -20,8 +32,7 @@ def kept(
     Nor may a tracer be given what was kept before it came.
     """
     on_cuda = device.type == "cuda"
-    traced = torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    if traced or (on_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_traced() or (on_cuda and torch.cuda.is_current_stream_capturing()):
         return make()
     index = torch.cuda.current_device() if on_cuda and device.index is None else device.index
     at = (what, device.type, index, torch.is_inference_mode_enabled())
@@ -49,14 +60,14 @@ class Remembers:
 
     @functools.cached_property
     def memo(self) -> dict[Any, Any]:
-        return {}
+        return Bounded(256)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "memo"}
 
     def once(self, what: Hashable, device: torch.device, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `make` makes for `device`, kept with this value."""
-        return make() if torch.compiler.is_compiling() else kept(self.memo, what, device, make)
+        return make() if is_traced() else kept(self.memo, what, device, make)
 
     def moved(self, tensor: Tensor, device: torch.device) -> Tensor:
         """One of this value's own tensors on `device`: copied there once, and again when it has changed."""

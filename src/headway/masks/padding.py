@@ -12,6 +12,7 @@ from torch import Tensor
 from headway.errors import MaskError
 from headway.masks.base import CuSeqlens, Mask, Rule, Witness, holds_integers, shape_of
 from headway.masks.frame import Frame
+from headway.masks.memo import is_traced
 from headway.masks.tiles import Blocks, Tiles, per_tile
 
 
@@ -50,7 +51,7 @@ class Padding(Mask):
         if as_bool and side == "left":
             raise MaskError("got side='left' with bools, which say themselves where the filler is; leave side out")
         known: list[int] = []
-        if not as_bool and given.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not as_bool and given.device.type == "cpu" and not is_traced():
             given = given.clone()  # what is found out about it must stay true
             known = given.tolist()
         if known and min(known) < 0:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +58,16 @@ class Predicate(Mask):
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(value for value in _captured(self.fn).values() if isinstance(value, Tensor))
 
+    @property
+    def is_value(self) -> bool:
+        """A function that holds nothing says the same for ever; one that holds anything has to be asked."""
+        return not _captured(self.fn) and isinstance(self.fn, Hashable)
+
+    def state(self) -> tuple[Any, ...]:
+        """Also what else the function holds: a flag may be flipped."""
+        others = (value for value in _captured(self.fn).values() if not isinstance(value, Tensor))
+        return (*super().state(), *(value if isinstance(value, _FLAGS) else id(value) for value in others))
+
     def check(self, frame: Frame) -> None:
         for name, value in _captured(self.fn).items():
             if isinstance(value, Tensor) and not _same(value.device, frame.device):
@@ -68,6 +78,9 @@ class Predicate(Mask):
 
     def rule(self, frame: Frame) -> Rule:
         return self.fn
+
+
+_FLAGS = (bool, str, type(None))
 
 
 def _numbers(value: object) -> str | None:
@@ -115,7 +128,7 @@ def _probe(fn: Callable[..., Any], device: torch.device) -> None:
 
 
 def _captured(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Names and values a predicate holds: closed over, bound, taken as defaults, or kept as attributes."""
+    """Names and values a predicate holds: closed over, bound, global, taken as defaults, or kept as attributes."""
     # A tracer sees all of this by itself, and cannot follow the looking.
     return {} if torch.compiler.is_compiling() else dict(_held(fn, set()))
 
@@ -127,8 +140,19 @@ def _held(fn: object, seen: set[int]) -> Iterator[tuple[str, Any]]:
     for name, value in _own(fn):
         if callable(value) and not isinstance(value, type | Tensor):
             yield from _held(value, seen)
+        elif isinstance(value, list | tuple | dict) and any(isinstance(each, Tensor) for each in _values(value)):
+            yield from ((f"{name}[{i}]", each) for i, each in enumerate(_values(value)))
         else:
             yield name, value
+
+
+def _values(held: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> list[Any]:
+    return list(held.values() if isinstance(held, dict) else held)
+
+
+def _is_users(value: object) -> bool:
+    """A plain function that is not torch's: it may hold tensors too."""
+    return inspect.isfunction(value) and not (value.__module__ or "").startswith("torch")
 
 
 def _own(fn: Any) -> Iterator[tuple[str, Any]]:
@@ -143,6 +167,8 @@ def _own(fn: Any) -> Iterator[tuple[str, Any]]:
         defaults = fn.__defaults__ or ()
         yield from zip(fn.__code__.co_varnames[fn.__code__.co_argcount - len(defaults) :], defaults, strict=False)
         yield from (fn.__kwdefaults__ or {}).items()
+        called = ((name, fn.__globals__.get(name)) for name in fn.__code__.co_names)
+        yield from ((name, value) for name, value in called if isinstance(value, Tensor) or _is_users(value))
     elif isinstance(fn, torch.nn.Module):
         yield from (*fn.named_parameters(), *fn.named_buffers())
     elif not type(fn).__module__.startswith("torch."):  # torch's own operators hold what is theirs

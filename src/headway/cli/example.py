@@ -1,0 +1,77 @@
+"""An example input for a model that came without one: from what it says itself, or from its first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from headway.cli import hugging_face
+from headway.swap.still import still
+from headway.swap.swap import runner
+
+BATCH, LENGTH = 2, 32
+
+
+def example_for(model: nn.Module) -> Any:
+    """The first input that the model runs with; BadParameter if none does."""
+    if hugging_face.is_one(model):
+        return hugging_face.example(model)
+    tried: list[str] = []
+    for one in _guesses(model):
+        error = why_not(model, one)
+        if not error:
+            return one
+        tried.append(f"{_said(one)}: {error}")
+    told = f"; tried {'; '.join(tried)}" if tried else ""
+    raise typer.BadParameter(
+        f"got a {type(model).__name__} without an example, and cannot guess one{told}."
+        " Let the function return (model, example), the example being a tensor, a tuple, a dict or a function"
+    )
+
+
+def why_not(model: nn.Module, example: Any) -> str:
+    """What the model says to an example; '' if it runs."""
+    run = runner(example)
+    assert run is not None
+    try:
+        with still(model), torch.no_grad():
+            run(model)
+    except Exception as error:  # whatever a stranger's model raises
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
+def _guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    given = getattr(model, "example_input_array", None)  # Lightning's name for it
+    if given is not None:
+        yield given if isinstance(given, tuple) else (given,)
+    for module in model.modules():
+        found = _first(module)
+        if found is not None:
+            yield (found,)
+            yield (found, found)
+            yield (found, found, found)
+            return
+
+
+def _first(module: nn.Module) -> Tensor | None:
+    """What a layer that could come first takes."""
+    if isinstance(module, nn.Embedding):
+        return torch.randint(module.num_embeddings, (BATCH, LENGTH))
+    if isinstance(module, nn.Conv2d):
+        return torch.randn(BATCH, module.in_channels, 64, 64)
+    if isinstance(module, nn.Conv1d):
+        return torch.randn(BATCH, module.in_channels, 16 * LENGTH)
+    if isinstance(module, nn.MultiheadAttention):
+        return torch.randn(BATCH, LENGTH, module.embed_dim)
+    if isinstance(module, nn.Linear):
+        return torch.randn(BATCH, LENGTH, module.in_features)
+    return None
+
+
+def _said(example: tuple[Any, ...]) -> str:
+    return ", ".join(str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in example)

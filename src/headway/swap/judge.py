@@ -1,0 +1,84 @@
+"""How far an answer is from the truth, and whether that is no more than before."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+TIMES_WORST, TIMES_RMS = 3.0, 2.0
+"""How many times what it erred before an answer may err, at worst and by the root mean square."""
+
+ROUNDINGS_WORST, ROUNDINGS_RMS = 2.0, 0.25
+"""What it may err on top of that, for a before that was exact by chance; far below 1 % even in bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """How far two answers are from the truth, over what the truth can judge."""
+
+    what: str
+    """'forward', or the name of what the gradient is of."""
+    worst_before: float
+    worst_now: float
+    rms_before: float
+    rms_now: float
+    largest: float
+    rms: float
+    """The truth's largest number and its root mean square, and of gradients at least `least`."""
+    judged: float
+    """Share of the numbers that are finite in the truth and in the answer of before."""
+    eps: float
+
+    @property
+    def passed(self) -> bool:
+        worst = TIMES_WORST * self.worst_before + ROUNDINGS_WORST * self.eps * self.largest
+        rms = TIMES_RMS * self.rms_before + ROUNDINGS_RMS * self.eps * self.rms
+        return self.worst_now <= worst and self.rms_now <= rms
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} errs {self.worst_now:.3g} at worst, {self.rms_now:.3g} rms;"
+            f" before {self.worst_before:.3g}, {self.rms_before:.3g}"
+        )
+
+
+def errors_of(
+    what: str,
+    truth: Tensor,
+    before: Tensor,
+    now: Tensor | None,
+    eps: float,
+    least: float = 0.0,
+    judge_is_before: bool = False,
+) -> Errors:
+    """Compare what the judge, the model as it was and the model as it is say.
+
+    `least` is what the truth counts as at least: a gradient that is 0 in truth is nothing but rounding of the others.
+    Where the model as it was has to be the judge, it gets a rounding or two to have erred by.
+    """
+    truth, before = truth.double(), before.double()
+    ours = torch.full_like(truth, float("nan")) if now is None else now.double()
+    valid = truth.isfinite() & before.isfinite()
+    judged = valid.double().mean().item()
+    if judged == 0:
+        return Errors(what, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, eps)
+    truth, before, ours = truth[valid], before[valid], ours[valid].nan_to_num(nan=float("inf"))
+    largest, rms = (max(least, size) for size in (truth.abs().max().item(), _rms(truth)))
+    was, is_now = (before - truth).abs(), (ours - truth).abs()
+    return Errors(
+        what,
+        worst_before=2 * eps * largest if judge_is_before else was.max().item(),
+        worst_now=is_now.max().item(),
+        rms_before=eps * rms if judge_is_before else _rms(was),
+        rms_now=_rms(is_now),
+        largest=largest,
+        rms=rms,
+        judged=judged,
+        eps=eps,
+    )
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()

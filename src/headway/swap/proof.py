@@ -1,0 +1,282 @@
+"""The proof: each site, and the whole model, against float64, beside the error the model had before.
+
+Each is run with the same inputs in three copies: as it was, as it is now, and as it was in float64, which is the judge.
+Forward and gradients count. What the judge itself cannot say (a row that sees nothing, where PyTorch gives NaN) is left
+out, and the certificate says how much that was.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from headway.choice.here import here
+from headway.errors import HeadwayError
+from headway.limits.machine import Machine
+from headway.sites.seen import see
+from headway.sites.site import Ticket, site_of
+from headway.swap.deck import Card, Shape, deal
+from headway.swap.judge import Errors, errors_of
+from headway.swap.still import still
+
+SEED = 7
+FORMAT = "headway certificate 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """All errors of one site, or of the whole model."""
+
+    name: str
+    kind: str
+    judge: str
+    """'float64', or why something else had to judge."""
+    backends: tuple[str, ...]
+    errors: tuple[Errors, ...]
+    wrong: str = ""
+    """What went wrong beside numbers: an exception, or an answer of another shape."""
+
+    @property
+    def failure(self) -> str:
+        """Why it failed, or ''."""
+        if self.wrong:
+            return self.wrong
+        failed = [errors for errors in self.errors if not errors.passed]
+        return "" if not failed else str(max(failed, key=lambda errors: errors.worst_now))
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """The proof of one swap, on this machine."""
+
+    model: str
+    proofs: tuple[Proof, ...]
+    deck: tuple[Card, ...]
+    whole: Proof | None
+    """The model from end to end; None if nothing is swapped or its forward did not run."""
+    facts: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        proofs = (*self.proofs, *self.deck, *(() if self.whole is None else (self.whole,)))
+        return bool(self.proofs) and not any(proof.failure for proof in proofs)
+
+    def failure(self, name: str) -> str:
+        return next((proof.failure for proof in self.proofs if proof.name == name), "")
+
+    def __str__(self) -> str:
+        good = sum(not proof.failure for proof in self.proofs)
+        lines = [f"proof: {good} of {len(self.proofs)} sites err no more than before"]
+        if self.whole is not None:
+            lines.append(f"  the whole model: {self.whole.failure or _worst(self.whole)}")
+        lines.append(f"  edge deck: {self._deck()}")
+        lines += [f"  {proof.name}: {proof.failure}" for proof in self.proofs if proof.failure]
+        lines += [f"  {card.case} on {card.backend}: {card.failure}" for card in self.deck if card.failure]
+        return "\n".join(lines)
+
+    def _deck(self) -> str:
+        ran = [card for card in self.deck if card.backend]
+        refused = len(self.deck) - len(ran)
+        good = sum(not card.failure for card in ran)
+        return f"{good} of {len(ran)} calls right" + (f", {refused} refused" if refused else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON has it; what is no number is the text of it."""
+        made: dict[str, Any] = {"format": FORMAT, "passed": self.passed, **dataclasses.asdict(self)}
+        return cast(dict[str, Any], _plain(made))
+
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        path.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+        return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _worst(proof: Proof) -> str:
+    return str(max(proof.errors, key=lambda e: e.worst_now / max(e.largest, 1e-30), default="nothing to compare"))
+
+
+Restore = Callable[[nn.Module], None]
+"""Makes a copy of a swapped model as it was before."""
+
+
+def prove(
+    model: nn.Module,
+    run: Callable[[nn.Module], Any],
+    tickets: Sequence[Ticket],
+    restore: Restore,
+    put_back: Callable[[Ticket], None],
+) -> Certificate:
+    """Prove each swapped site on its own inputs of one run, put back those that fail, and prove the whole model."""
+    with still(model):
+        calls = see(copied(model, restore), run, keep={"", *(ticket.name for ticket in tickets)}).calls
+        modules = dict(model.named_modules(remove_duplicate=False))
+        proofs = [_prove(ticket, modules[ticket.name], calls[ticket.name], restore) for ticket in tickets]
+        dealt = {ticket.name: _shapes(ticket) for ticket in tickets}
+        deck = tuple(deal(shape for shapes in dealt.values() for shape in shapes))
+        for ticket, proof in zip(tickets, proofs, strict=True):
+            edges = (
+                f"{card.case}: {card.failure}" for card in deck if card.failure and card.shape in dealt[ticket.name]
+            )
+            failure = proof.failure or next(edges, "")
+            if failure:
+                ticket.because = f"it failed the proof: {failure}"
+                put_back(ticket)
+        whole = None
+        if "" in calls and any(ticket.swapped for ticket in tickets):
+            whole = _prove(Ticket("", "the whole model"), model, calls[""], restore)
+    return Certificate(type(model).__name__, tuple(proofs), deck, whole, facts(model))
+
+
+def _shapes(ticket: Ticket) -> list[Shape]:
+    return list(dict.fromkeys(Shape.of(decision.request, ticket.asked) for decision in ticket.decisions.values()))
+
+
+def copied(module: nn.Module, restore: Restore) -> nn.Module:
+    """A copy as the module was before the swap."""
+    again = copy.deepcopy(module)
+    restore(again)
+    return again
+
+
+def _mapped(value: Any, dtype: torch.dtype | None, inputs: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        made = value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
+        inputs.append(made)
+        return made
+    if isinstance(value, dict):
+        return {key: _mapped(each, dtype, inputs) for key, each in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(each, dtype, inputs) for each in value)
+    return value if isinstance(value, nn.Module) else copy.deepcopy(value)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclasses.dataclass
+class Answer:
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+def _answer(module: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> Answer:
+    """All floating-point outputs, and the gradients of a fixed mix of them."""
+    given: list[Tensor] = []
+    args, kwargs = _mapped(inputs, dtype, given)
+    with torch.enable_grad():
+        outputs = list(tensors_of(module(*args, **kwargs)))
+        wanted = {f"input {i}": x for i, x in enumerate(given)}
+        wanted |= {name: p for name, p in module.named_parameters() if p.requires_grad}
+        ends = [out for out in outputs if out.requires_grad]
+        if not ends or not wanted:
+            return Answer([out.detach() for out in outputs], {})
+        mixed = torch.stack([(out * _mix(out)).sum() for out in ends]).sum()
+        gradients = torch.autograd.grad(mixed, list(wanted.values()), allow_unused=True)
+    return Answer([out.detach() for out in outputs], dict(zip(wanted, gradients, strict=True)))
+
+
+def _mix(out: Tensor) -> Tensor:
+    """The same numbers whatever dtype and device the answer has; 0 where it is no number."""
+    made = torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
+    return made.to(torch.float32).to(out.device, out.dtype) * out.detach().isfinite()
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every floating-point tensor in an answer, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and not value.is_nested:
+            yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_of(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from tensors_of(each)
+
+
+def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) -> Proof:
+    name = ticket.name
+    before = _answer(copied(module, restore), inputs)
+    judge, truth = _truth(copied(module, restore), inputs, before)
+    ours = copy.deepcopy(module)
+    try:
+        now = _answer(ours, inputs)
+    except HeadwayError as error:
+        if ticket.asked != "auto":
+            raise
+        return Proof(name, ticket.kind, judge, (), (), f"{type(error).__name__}: {error}")
+    held = [site.ticket for site in map(site_of, ours.modules()) if site is not None]
+    for one in held:
+        if one.name == ticket.name:
+            ticket.decisions |= one.decisions
+    backends = tuple(sorted({backend for one in held for backend in one.runs}))
+    if [x.shape for x in before.outputs] != [x.shape for x in now.outputs]:
+        shapes = [list(x.shape) for x in before.outputs], [list(x.shape) for x in now.outputs]
+        return Proof(name, ticket.kind, judge, backends, (), f"it answers with shapes {shapes[1]}, before {shapes[0]}")
+    eps = torch.finfo(_dtype(module)).eps
+    pairs = [("forward", t, b, n) for t, b, n in zip(truth.outputs, before.outputs, now.outputs, strict=True)]
+    pairs += [
+        (f"gradient of {of}", t, before.gradients[of], now.gradients[of])  # type: ignore[misc]
+        for of, t in truth.gradients.items()
+        if t is not None and before.gradients.get(of) is not None
+    ]
+    gradients = [t.abs().max().item() for t in truth.gradients.values() if t is not None and t.numel()]
+    least = {True: max(gradients, default=0.0) / 30, False: 0.0}
+    errors = tuple(
+        errors_of(what, t, b, n, eps, least[what != "forward"], truth is before) for what, t, b, n in pairs if t.numel()
+    )
+    return Proof(name, ticket.kind, judge, backends, errors)
+
+
+def _truth(module: nn.Module, inputs: Inputs, before: Answer) -> tuple[str, Answer]:
+    """What float64 says. A model that casts inside its forward cannot run in it: then what it said before must do."""
+    try:
+        return "float64", _answer(module.double(), inputs, torch.float64)
+    except RuntimeError as error:
+        return f"the model as it was ({str(error).splitlines()[0]})", before
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """The machine, versions and seed that a certificate holds for."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    machine = here(device)
+    return {
+        "device": machine.device,
+        "name": machine.name,
+        "capability": machine.capability,
+        "dtype": str(_dtype(model)).removeprefix("torch."),
+        "versions": versions(machine),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": SEED,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def versions(machine: Machine) -> dict[str, str]:
+    import headway
+
+    return {"headway": headway.__version__, "python": platform.python_version(), **dict(machine.versions)}

@@ -1,0 +1,51 @@
+"""Which sites a swap is about: by name pattern, by type, or by a predicate; each must match something."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+from torch import nn
+
+from headway.backends.registry import NAMES
+from headway.errors import SwapError, UnknownNameError
+from headway.sites.site import Found
+
+One: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Selection: TypeAlias = One | Iterable[One]
+"""A glob on the site's path, a module class, a predicate of path and module, or several of them."""
+
+
+def matching(selection: Selection, sites: list[Found], word: str) -> set[str]:
+    """The names of the sites that any of the selection matches; SwapError for one that matches none."""
+    matched: set[str] = set()
+    single = isinstance(selection, str | type) or callable(selection)
+    for one in [selection] if single else selection:  # type: ignore[union-attr]
+        names = {site.name for site in sites if _matches(one, site)}  # type: ignore[arg-type]
+        if not names:
+            known = ", ".join(repr(site.name) for site in sites) or "none"
+            raise SwapError(f"got {word}={one!r}, which matches no site; the sites are: {known}")
+        matched |= names
+    return matched
+
+
+def _matches(one: One, site: Found) -> bool:
+    if isinstance(one, str):
+        return any(fnmatch.fnmatchcase(name, one) for name in (site.name, *site.aliases))
+    if isinstance(one, type):
+        return isinstance(site.module, one)
+    return bool(one(site.name, site.module))
+
+
+def backends(asked: str | Mapping[str, str], sites: list[Found]) -> dict[str, str]:
+    """The backend asked for at each site. Of several patterns that match, the last one counts."""
+    patterns = {"*": asked} if isinstance(asked, str) else {"*": "auto", **asked}
+    for name in patterns.values():
+        if name not in ("auto", *NAMES):
+            raise UnknownNameError("backend", name, ("auto", *NAMES))
+    answer: dict[str, str] = {}
+    for pattern, name in patterns.items():
+        names = {site.name for site in sites} if pattern == "*" else matching(pattern, sites, "backend")
+        answer |= dict.fromkeys(names, name)
+    return answer

@@ -1,0 +1,218 @@
+"""The transaction: plan, apply all or nothing, prove, and undo to the very objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from headway.errors import SwapError
+from headway.sites import multihead, torch_calls
+from headway.sites.seen import Seen, see
+from headway.sites.site import Found, Site, Ticket, site_of
+from headway.swap.census import Census
+from headway.swap.proof import Certificate, prove
+from headway.swap.selection import Selection, backends, matching
+from headway.swap.still import still
+
+Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
+"""What a model is run with: its input, its inputs in order, its inputs by name, or a function that runs it."""
+
+KINDS: tuple[Any, ...] = (multihead, torch_calls)
+"""Earlier kinds go first: a module that one of them takes is not asked again."""
+
+
+class Swap:
+    """One swap of one model. Print it for the census; use it as a context to undo it at the end."""
+
+    def __init__(self, model: nn.Module, census: Census, certificate: Certificate | None) -> None:
+        self.model, self.census, self.certificate = model, census, certificate
+
+    def undo(self) -> None:
+        """Put back the very classes that were there before; nothing else was ever changed."""
+        undo(self.model)
+
+    def __enter__(self) -> Swap:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        proof = "not proven: no example was given" if self.certificate is None else str(self.certificate)
+        return f"{self.census}\n{proof}"
+
+
+def swap(
+    model: nn.Module,
+    example: Example | None = None,
+    *,
+    only: Selection | None = None,
+    skip: Selection | None = None,
+    backend: str | Mapping[str, str] = "auto",
+    require: tuple[str, ...] = (),
+) -> Swap:
+    """Put the fastest attention that is right into `model`, prove it on `example`, and say what was done.
+
+    - `only`, `skip`: which sites, by glob on their names, module class or predicate; each must match something.
+    - `backend`: a name for all sites, or names by glob; a site whose backend refuses its calls raises.
+    - `require`: contracts for every call, such as 'deterministic'.
+
+    Parameters, names, hooks and flags stay as they are; `undo()` gives back the very classes. A site that fails the
+    proof is put back, and the census says so. A second swap replaces the first.
+
+    >>> import torch
+    >>> model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> with swap(model, torch.randn(1, 4, 16)) as swapped:
+    ...     print(len(swapped.census.swapped), swapped.certificate.passed)
+    1 True
+    """
+    _refuse(model)
+    run = runner(example)
+    by_kind = {kind.KIND: kind for kind in KINDS}
+    earlier = _sites(model)
+    try:
+        undo(model)
+        plan = _plan(model, run, only, skip, backend)
+        for word, kind in by_kind.items():
+            wanted = [ticket for ticket in plan.tickets if ticket.swapped and ticket.kind == word]
+            kind.apply(model, {ticket.name: Site(ticket, tuple(require)) for ticket in wanted})
+        certificate = None
+        if run is not None:
+
+            def put_back(ticket: Ticket) -> None:
+                by_kind[ticket.kind].restore(model, {ticket.name})
+
+            certificate = prove(model, run, plan.swapped, _as_it_was, put_back)
+            if certificate.whole is not None and certificate.whole.failure:
+                raise SwapError(f"each site alone is proven, but not the whole model: {certificate.whole.failure}")
+    except BaseException:
+        undo(model)
+        _put_back(model, earlier)
+        raise
+    return Swap(model, plan, certificate)
+
+
+def inspect(
+    model: nn.Module,
+    example: Example | None = None,
+    *,
+    only: Selection | None = None,
+    skip: Selection | None = None,
+    backend: str | Mapping[str, str] = "auto",
+) -> Census:
+    """The census that a swap would make; nothing is changed."""
+    earlier = _sites(model)
+    try:
+        undo(model)
+        return _plan(model, runner(example), only, skip, backend)
+    finally:
+        _put_back(model, earlier)
+
+
+def undo(model: nn.Module) -> None:
+    """Take every site of `model` out again, also of a copy, or of a model that was loaded swapped."""
+    for kind in KINDS:
+        kind.restore(model)
+
+
+def _sites(model: nn.Module) -> dict[str, dict[str, Site]]:
+    """The sites that a model has now, by kind and name."""
+    sites: dict[str, dict[str, Site]] = {}
+    for name, module in model.named_modules():
+        site = site_of(module)
+        if site is not None:
+            sites.setdefault(site.ticket.kind, {})[name] = site
+    return sites
+
+
+def _put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Site]]) -> None:
+    for kind in KINDS:
+        kind.apply(model, sites.get(kind.KIND, {}))
+
+
+def _as_it_was(model: nn.Module) -> None:
+    """Make a copy what the model was; wrapped projections, which PyTorch would not call or fail on, are called."""
+    undo(model)
+    multihead.set_meant(model)
+
+
+def runner(example: Example | None) -> Callable[[nn.Module], Any] | None:
+    """A function that runs a model with the example."""
+    if example is None or (callable(example) and not isinstance(example, nn.Module)):
+        return example
+    if isinstance(example, Mapping):
+        return lambda model: model(**example)
+    if isinstance(example, tuple | list):
+        return lambda model: model(*example)
+    return lambda model: model(example)
+
+
+def _plan(
+    model: nn.Module,
+    run: Callable[[nn.Module], Any] | None,
+    only: Selection | None,
+    skip: Selection | None,
+    backend: str | Mapping[str, str],
+) -> Census:
+    """The census as it will be, from the model as it is."""
+    seen = None
+    if run is not None:
+        with still(model), multihead.meant(model):
+            seen = see(model, run)
+    found = list(_found(model, seen))
+    chosen = {site.name for site in found} if only is None else matching(only, found, "only")
+    skipped = set() if skip is None else matching(skip, found, "skip")
+    asked = backends(backend, found)
+    tickets = []
+    for site in found:
+        because = site.because
+        if not because and seen is not None and not seen.ran & {site.name, *site.aliases}:
+            because = "it did not run with the example, so nothing about it could be proven"
+        if site.name not in chosen or site.name in skipped:
+            because = "it is left out by only= or skip="
+        tickets.append(Ticket(site.name, site.kind, asked[site.name], because, site.aliases))
+    return Census(type(model).__name__, (*tickets, *_by_hand(found, seen)), (*multihead.notes(model), *_notes(seen)))
+
+
+def _found(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
+    taken: set[str] = set()
+    for kind in KINDS:
+        for site in kind.find(model, seen):
+            if not taken & {site.name, *site.aliases}:
+                yield site
+            if not site.because:
+                taken |= {site.name, *site.aliases}
+
+
+def _by_hand(found: list[Found], seen: Seen | None) -> Iterator[Ticket]:
+    names = {name for site in found for name in (site.name, *site.aliases)}
+    for (name, at), size in ({} if seen is None else seen.by_hand).items():
+        if name not in names:
+            saves = f"a call of headway.attention there would not write {size / 2**20:.3g} MiB of weights"
+            yield Ticket(name, "softmax(q kᵀ) v", because=f"it is written by hand at {at}; {saves}")
+
+
+def _notes(seen: Seen | None) -> tuple[str, ...]:
+    if seen is not None:
+        return ()
+    return ("calls of F.scaled_dot_product_attention and attention written by hand are found only with example=",)
+
+
+def _refuse(model: nn.Module) -> None:
+    """Models that cannot be changed from outside, with what to do instead."""
+    name = type(model).__name__
+    inner = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}.get(name)
+    if inner is not None:
+        verb = {"OptimizedModule": "torch.compile it", "DataParallel": "wrap it"}.get(name, "wrap it")
+        raise SwapError(f"got a {name}, takes the model inside: swap(model.{inner}), or swap first and {verb} then")
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise SwapError(
+                f"got {path or 'a model'} wrapped in FullyShardedDataParallel, whose parameters are flattened;"
+                " takes a model that is not wrapped yet: swap first and wrap then (or use fully_shard)"
+            )
+        if type(module).__name__ == "OptimizedModule":
+            raise SwapError(f"got {path} compiled by torch.compile, takes it as it was: swap first and compile then")
