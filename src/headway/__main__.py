@@ -1,4 +1,4 @@
-"""`python -m headway.cli` is `headway`."""
+"""`python -m headway` is `headway`."""
 
 from headway.cli import app
 
