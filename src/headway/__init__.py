@@ -27,6 +27,7 @@ from headway.masks import (
     recognise,
 )
 from headway.swap import Census, Swap, inspect, swap, undo
+from headway.watch import Recording, watch
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "Predicate",
     "Prefix",
     "RecompileBudgetError",
+    "Recording",
     "RequestError",
     "Swap",
     "SwapError",
@@ -59,4 +61,5 @@ __all__ = [
     "recognise",
     "swap",
     "undo",
+    "watch",
 ]

@@ -7,9 +7,9 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import index
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from headway.masks.frame import Frame
 from headway.masks.terms import rows_may_be_empty, terms
 
 ENVIRONMENT = "HEADWAY_BACKEND"
+Function = TypeVar("Function", bound=Callable[..., Any])
 _ENVIRON: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # os.environ itself takes a microsecond
 _IN_ENVIRON = os.environ.encodekey(ENVIRONMENT)
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -135,6 +136,12 @@ def explain(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     request = _request(q, k, v, mask, scale, dropout, softcap, sinks, require, return_lse)
     return _decide(request, here(q.device), asked_backend(backend))
+
+
+def constant_to_tracers(fn: Function) -> Function:
+    """torch.compiler.assume_constant_result, without the second that importing dynamo for it takes."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
 
 
 # -- plans: a decision and all that need not be done twice ---------------------------------------------------------
@@ -446,7 +453,7 @@ def _transformed() -> bool:
     return _transforming() if is_compiling() else maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
+@constant_to_tracers
 def _transforming() -> bool:
     """The same for a tracer, which is inside the transform while it traces it."""
     return maybe_current_level() is not None or forward_ad._current_level >= 0
@@ -520,7 +527,7 @@ _KERNELS: dict[str, Kernel] = {}
 """Loaded kernels, where a tracer can find them by name: it takes constants from functions, but no modules."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
+@constant_to_tracers
 def _entry_for(
     batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, value_dim: int, dtype: str,
     device: str, device_index: int | None, kinds: tuple[str, ...] | None, rows_may_be_empty: bool,

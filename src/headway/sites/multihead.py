@@ -268,7 +268,7 @@ def _encoders(model: nn.Module, of: type = Multihead) -> Iterator[str]:
 
 
 class AsMeant(nn.MultiheadAttention):
-    """PyTorch's own forward, but out_proj is called: PyTorch reads its weight, and what it wraps, adds or hooks is lost.
+    """PyTorch's own forward, but out_proj is called: PyTorch reads its weight, and what wraps or hooks it is lost.
 
     It keeps the fast path of PyTorch's layers away, which reads the weights of linear1 and linear2 in the same way.
     """

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 PRODUCTS = frozenset(
-    {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm}
+    {
+        *(torch.matmul, torch.mm, torch.bmm, torch.baddbmm, torch.einsum, torch.addmm),
+        *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.baddbmm, Tensor.addmm),
+    }
 )
-SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.nn.functional.softmax})
+SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.exp, Tensor.exp})
 KEEPS = frozenset(
     {
         *(torch.add, torch.mul, torch.div, torch.sub, torch.where, torch.masked_fill, torch.tanh, torch.clamp),
@@ -33,7 +36,11 @@ KEEPS = frozenset(
         *(Tensor.add_, Tensor.mul_, Tensor.div_, Tensor.where, Tensor.float, Tensor.to, Tensor.half, Tensor.type_as),
         *(Tensor.view, Tensor.reshape, Tensor.transpose, Tensor.permute, Tensor.contiguous, Tensor.flatten),
         *(Tensor.unsqueeze, Tensor.squeeze, Tensor.__imul__, Tensor.__itruediv__, Tensor.__rmul__, torch.transpose),
-        *(F.dropout, Tensor.unflatten, Tensor.expand, Tensor.bfloat16, torch.dropout),
+        *(F.dropout, Tensor.unflatten, Tensor.expand, Tensor.bfloat16, torch.dropout, torch.reshape, torch.permute),
+        *(F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.nan_to_num, Tensor.nan_to_num, Tensor.clamp),
+        *(torch.cat, torch.concat, F.pad, Tensor.__getitem__, Tensor.narrow, Tensor.type, Tensor.double, Tensor.clone),
+        *(torch.squeeze, torch.unsqueeze, torch.flatten, torch.unflatten, Tensor.clip, Tensor.tanh_),
+        *(Tensor.masked_scatter, Tensor.view_as, Tensor.expand_as, Tensor.swapaxes, Tensor.addcmul, Tensor.detach),
     }
 )
 """What scores, or weights, are after which still are scores, or weights."""
@@ -57,7 +64,7 @@ def see(model: nn.Module, run: Callable[[nn.Module], Any], keep: Collection[str]
     """Run the model once and tell what it did; the inputs of the modules in `keep` are kept."""
     seen = Seen()
     stack: list[str] = []
-    with _named(model, stack, seen, keep), _Eye(stack, seen):
+    with torch.no_grad(), _named(model, stack, seen, keep), _Eye(stack, seen):  # a cache in a graph has no copies
         run(model)
     return seen
 
@@ -116,7 +123,7 @@ class _Eye(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.seen.sdpa[name] = self.seen.sdpa.get(name, 0) + 1
             return func(*args, **kwargs)
-        held = [x for x in args if isinstance(x, Tensor)]
+        held = [*_tensors(args), *_tensors(kwargs.values())]
         if func in PRODUCTS:
             weights = next((self.weights[x] for x in held if x in self.weights), None)
             if weights is not None:
@@ -129,7 +136,8 @@ class _Eye(TorchFunctionMode):
 
     def _mark(self, func: Any, held: list[Tensor], out: Tensor) -> None:
         if func in PRODUCTS:
-            if out.dim() >= 3 and not any(x.dim() < 3 for x in held):
+            # By a parameter it is a projection, or a classifier's logits.
+            if not any(isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter) for x in held):
                 self.scores[out] = True
         elif func in SOFTMAXES and any(x in self.scores for x in held):
             self.weights[out] = _where(), out.numel() * out.element_size()
@@ -138,6 +146,15 @@ class _Eye(TorchFunctionMode):
                 mark = next((marks[x] for x in held if x in marks), None)
                 if mark is not None:
                     marks[out] = mark
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Also those in lists, as einsum takes them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _where() -> str:

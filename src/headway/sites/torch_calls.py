@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from headway.errors import RequestError
 from headway.masks import Causal, Mask, from_sdpa
+from headway.masks.base import shape_of
 from headway.sites.roles import rejoin, set_role, take_role
 from headway.sites.seen import Seen
 from headway.sites.site import HELD, Found, Site
@@ -32,6 +35,26 @@ class Redirected:
         return rejoin(self, protocol)  # type: ignore[arg-type]  # it is a module
 
 
+class Apart:
+    """What the class of a module starts with that is left alone inside a swapped one, whose Redirect would take it."""
+
+    __dict__: dict[str, Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _PastRedirects():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # the module's own class comes next
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rejoin(self, protocol)  # type: ignore[arg-type]  # it is a module
+
+
+class _PastRedirects(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = torch.ops.aten.scaled_dot_product_attention  # the same by a name that no Redirect looks for
+        return _call(func, args, kwargs or {})
+
+
 class Redirect(TorchFunctionMode):
     """Sends each call of F.scaled_dot_product_attention inside it to a site. Of this thread and block alone."""
 
@@ -42,7 +65,20 @@ class Redirect(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return attend(self.site, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return _call(func, args, kwargs or {})
+
+
+METHODS = frozenset(name for name, func in vars(Tensor).items() if isinstance(func, FunctionType))
+"""Tensor's methods that are written in Python."""
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    """`func` as if no mode had seen it."""
+    name = getattr(func, "__name__", "") if is_compiling() else ""
+    if name in METHODS and func is getattr(Tensor, name):
+        # A tracer knows these as methods of a tensor, but cannot look into them.
+        return getattr(args[0], name)(*args[1:], **kwargs)
+    return func(*args, **kwargs)
 
 
 def attend(
@@ -64,16 +100,24 @@ def attend(
             "got nested tensors in F.scaled_dot_product_attention, takes padded ones;"
             " leave this site out (skip=...), or pack documents and use headway.attention with Documents(lengths)"
         )
-    front = query.shape[:-2]
-    heads_apart = enable_gqa and query.dim() >= 3 and key.shape[-3] != query.shape[-3]
-    if not heads_apart:
-        # PyTorch broadcasts the axes in front, as for any matrix product.
-        front = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        query, key, value = (
-            x if x.shape[:-2] == front else x.expand(*front, *x.shape[-2:]) for x in (query, key, value)
-        )
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        shapes = ", ".join(map(shape_of, (query, key, value)))
+        raise RequestError(f"got query, key and value {shapes}, takes (..., length, head_dim) for each")
+    if enable_gqa and query.dim() >= 3:
+        if key.shape[-3] != value.shape[-3]:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        heads: tuple[int, ...] = (query.shape[-3],)
+    else:
+        heads = ()
+    # PyTorch broadcasts the axes in front, as for any matrix product; with enable_gqa not the heads.
+    at = -2 - len(heads)
+    outer = torch.broadcast_shapes(*(x.shape[:at] for x in (query, key, value)))
+    query, key, value = (x if x.shape[:at] == outer else x.expand(*outer, *x.shape[at:]) for x in (query, key, value))
+    front = (*outer, *heads)
     mask: Mask | None = Causal("upper-left") if is_causal else None
-    if attn_mask is not None:
+    if type(attn_mask).__name__ == "CausalBias":  # by name, as to import the class takes a second
+        mask = Causal("upper-left" if attn_mask.variant.name == "UPPER_LEFT" else "lower-right")  # type: ignore[union-attr]
+    elif attn_mask is not None:
         deep = query.dim() > 4
         mask = from_sdpa(attn_mask.expand(*front, -1, -1).flatten(0, -4) if deep else attn_mask)
     q, k, v = (_four_axes(x) for x in (query, key, value))
@@ -102,10 +146,19 @@ def find(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
 
 
 def apply(model: nn.Module, sites: Mapping[str, Site]) -> None:
-    """Give each named module its site and its new class, or none of them."""
-    set_role(model, sites, Redirected)
+    """Give each named module its site and its new class, or none of them.
+
+    Of sites that are left alone, those inside a swapped one get a class that keeps them so.
+    """
+    set_role(model, {name: site for name, site in sites.items() if site.ticket.swapped}, Redirected)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    outer = [module for module in modules.values() if isinstance(module, Redirected)]
+    inside = {inner for module in outer for inner in nn.Module.modules(cast(nn.Module, module))} - set(outer)
+    apart = {name: site for name, site in sites.items() if not site.ticket.swapped and modules[name] in inside}
+    set_role(model, apart, Apart)
 
 
 def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
     """Give back the classes, of all sites or of the named; the very objects are as before."""
     take_role(model, Redirected, names)
+    take_role(model, Apart, names)

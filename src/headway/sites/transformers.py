@@ -1,12 +1,13 @@
 """Hugging Face transformers: modules that compute attention through its AttentionInterface, and their masks.
 
 `register()` makes `attn_implementation="headway"` a name that every model with that interface takes. A swap needs more,
-as models share one config among their modules: each swapped module sees that config through a view in which attention
-is Headway's, and the config itself says so once all its modules are swapped, which is when masks keep their structure.
+as modules, and models, share one config, which must stay as it is. Each swapped module sees it through a view in which
+attention is Headway's. Once all modules of a config are swapped the models that hold it do too: they make the masks.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import math
@@ -151,11 +152,13 @@ def _given(attention_mask: Any, module: nn.Module, q: Tensor, k: Tensor) -> Mask
 def _refuse_flash(module: nn.Module) -> None:
     """Flash attention's masks leave packing to its own code, which is not there to see it."""
     config = module.__dict__.get("config")
-    made_for = config.__dict__.get(_INTERNAL) if isinstance(config, _View) else None
-    if made_for is not None and "flash" in made_for:
+    if not isinstance(config, _View) or config._makes_masks:
+        return
+    made_for = config.__dict__[_INTERNAL]
+    if "flash" in (made_for or ""):
         raise RequestError(
-            f"got a mask made for {made_for!r}, which leaves out what flash attention finds itself; takes one made for"
-            " 'headway', 'sdpa' or 'eager': model.set_attn_implementation('sdpa') first, or swap all attention"
+            f"got a mask made for {made_for!r}, which leaves out what flash attention finds itself; takes one made"
+            " for 'headway', 'sdpa' or 'eager': model.set_attn_implementation('sdpa') first, or swap all attention"
         )
 
 
@@ -326,8 +329,7 @@ def mask(
     # The mask of one query is small, and no kernel is faster for its structure.
     if q_length == 1 or not _may_read(attention_mask, q_offset, torch.empty(0, device=device)):
         return sdpa_mask(mask_function=mask_function, **asked)
-    # Whether sdpa would go without a mask is for sdpa to say; the numbers, which are not used, are one for each.
-    skips = sdpa_mask(mask_function=lambda b, h, q, k: b[:1] >= 0, **(asked | {"use_vmap": False})) is None
+    skips = _skips(sdpa_mask, asked)
     if skips and allow_is_bidirectional_skip:
         return None
     frame = Frame(q_length, kv_length, batch_size, 1, torch.device(device))
@@ -338,6 +340,22 @@ def mask(
     padding = None if attention_mask is None else _padding(attention_mask, kv_offset, kv_length)
     whole = _all(*typed, *(() if padding is None else (padding,))) or Full()
     return Typed(whole, frame, skips)
+
+
+class _Needed(Exception):
+    """Raised in place of a mask that would have been made."""
+
+
+def _skips(sdpa_mask: Callable[..., Tensor | None], asked: Mapping[str, Any]) -> bool:
+    """Whether sdpa would go without a mask, which is for sdpa to say; none is made to find out."""
+
+    def needed(*_: Any) -> Tensor:
+        raise _Needed
+
+    try:
+        return sdpa_mask(mask_function=needed, **asked) is None
+    except _Needed:
+        return False
 
 
 def _slices_queries(config: Any) -> bool:
@@ -559,17 +577,17 @@ def _by_hand(cls: type) -> str:
 def _looks_like_attention(module: nn.Module) -> bool:
     """A class of that name that holds projections, and no other such class inside."""
     inner = [other for other in module.modules() if other is not module]
-    projections = [other for other in inner if getattr(getattr(other, "weight", None), "ndim", 0) == 2]
     return (
-        _is_named_attention(module)
-        and not isinstance(module, nn.MultiheadAttention)
-        and len(projections) > 1
-        and not any(_is_named_attention(other) and next(other.parameters(), None) is not None for other in inner)
+        not isinstance(module, nn.MultiheadAttention)
+        and _is_named_attention(module)
+        and not any(_is_named_attention(other) for other in inner)
     )
 
 
 def _is_named_attention(module: nn.Module) -> bool:
-    return re.search("attention|attn", type(module).__name__, re.IGNORECASE) is not None
+    name = type(module).__name__.lower()
+    part = re.search("output|norm|mask|embed|pool", name)
+    return re.search("attention|attn", name) is not None and not part and any(p.ndim > 1 for p in module.parameters())
 
 
 def _has_below(module: nn.Module, taken: Collection[nn.Module]) -> bool:
@@ -580,38 +598,79 @@ def _has_below(module: nn.Module, taken: Collection[nn.Module]) -> bool:
 
 
 class _View:
-    """What the class of a view starts with: a config, the very same attributes, but attention is Headway's."""
+    """What the class of a view starts with: a config, the very same attributes, but attention is Headway's.
+
+    All swapped modules of a model that share a config share its view.
+    """
 
     __slots__ = ()
+    _of: Any
+    """The config itself."""
+    _on: bool
+    """False once another attention is set through this view: set_attn_implementation has the last word."""
+    _makes_masks: bool
+    """True if the models that hold this config see it through the view as well."""
 
 
 @functools.cache
 def _view_class(cls: Hashable) -> type:
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _view, (self._of, self._was)
-
     own: Any = cls
+
+    def implementation(self: Any) -> str | None:
+        now: str | None = self._attn_implementation_internal
+        return NAME if self._on else now
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name == _INTERNAL:
+            object.__setattr__(self, "_on", False)
+        own.__setattr__(self, name, value)
+
+    def deep_copied(self: Any, memo: dict[int, Any]) -> Any:
+        # With a model comes its view; a config copied alone is for another model, which is not swapped.
+        with_model = bool(memo)
+        of = copy.deepcopy(self._of, memo)
+        return _view(of, self._on, self._makes_masks) if with_model else of
+
     return type(
         own.__name__,
         (_View, own),
         {
-            "__slots__": ("_of", "_was"),
+            "__slots__": ("_makes_masks", "_of", "_on"),
             "__module__": own.__module__,
             "__init__": own.__init__,  # or their metaclass would write another
-            "__reduce_ex__": reduce,
-            "_attn_implementation": property(lambda self: NAME, own._attn_implementation.fset),
+            "__copy__": lambda self: copy.copy(self._of),
+            "__deepcopy__": deep_copied,
+            "__reduce_ex__": lambda self, protocol: (_view, (self._of, self._on, self._makes_masks)),
+            "__eq__": lambda self, other: bool(self._of == _plain(other)),
+            "__hash__": own.__hash__,
+            "__setattr__": set_attribute,
+            "_attn_implementation": property(implementation, own._attn_implementation.fset),
         },
     )
 
 
-def _view(config: Any, was: str | None) -> Any:
-    """`config` as a swapped module sees it. It has no attributes of its own: what changes there, changes here."""
+def _view(config: Any, on: bool = True, makes_masks: bool = False) -> Any:
+    """`config` as swapped modules see it. It has no attributes of its own: what changes there, changes here."""
     made: Any = _view_class(type(config))  # type: ignore[arg-type]  # classes are hashable
     view = object.__new__(made)
     object.__setattr__(view, "__dict__", config.__dict__)
-    made._of.__set__(view, config)
-    made._was.__set__(view, was)
+    for slot, value in (("_of", config), ("_on", on), ("_makes_masks", makes_masks)):
+        object.__setattr__(view, slot, value)
     return view
+
+
+def _plain(config: Any) -> Any:
+    return config._of if isinstance(config, _View) else config
+
+
+def _views(model: nn.Module) -> dict[int, Any]:
+    """The views that the swapped modules of a model see, by the config they are of."""
+    seen = [module.__dict__["config"] for module in model.modules() if HELD in module.__dict__ and _is_viewed(module)]
+    return {id(view._of): view for view in seen if view._on}
+
+
+def _is_viewed(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("config"), _View)
 
 
 def apply(model: nn.Module, sites: Mapping[str, Site]) -> Callable[[], None]:
@@ -619,13 +678,13 @@ def apply(model: nn.Module, sites: Mapping[str, Site]) -> Callable[[], None]:
     register()
     modules = dict(model.named_modules(remove_duplicate=False))
     swapped = [modules[name] for name in sites]
+    views = _views(model)
     try:
         for module, site in zip(swapped, sites.values(), strict=True):
-            config = module.__dict__["config"]
-            if not isinstance(config, _View):
-                module.__dict__["config"] = _view(config, config.__dict__[_INTERNAL])
+            config = _plain(module.__dict__["config"])
+            module.__dict__["config"] = views.setdefault(id(config), _view(config))
             module.__dict__[HELD] = site
-        _settle(model, swapped)
+        _settle(model)
     except BaseException:
         _put_back(model, swapped)
         raise
@@ -634,41 +693,30 @@ def apply(model: nn.Module, sites: Mapping[str, Site]) -> Callable[[], None]:
 
 def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
     """Give back the configs, of all sites or of the named; the very objects are as before."""
-    _put_back(
-        model,
-        [
-            module
-            for name, module in model.named_modules(remove_duplicate=names is None)
-            if isinstance(module.__dict__.get("config"), _View) and (names is None or name in names)
-        ],
-    )
+    named = model.named_modules(remove_duplicate=names is None)
+    _put_back(model, [module for name, module in named if names is None or name in names])
 
 
 def _put_back(model: nn.Module, modules: Collection[nn.Module]) -> None:
-    views = [module.__dict__["config"] for module in modules if isinstance(module.__dict__.get("config"), _View)]
-    for view in views:
-        _set(view._of, view._was)
-    for module in modules:
-        if isinstance(module.__dict__.get("config"), _View):
-            module.__dict__["config"] = module.__dict__["config"]._of
-            module.__dict__.pop(HELD, None)
+    changed = [module for module in modules if _is_viewed(module)]
+    for module in changed:
+        module.__dict__["config"] = _plain(module.__dict__["config"])
+        module.__dict__.pop(HELD, None)
+    if changed:
+        _settle(model)
 
 
-def _settle(model: nn.Module, modules: Collection[nn.Module]) -> None:
-    """Masks are made by what the shared config says: Headway's, once nobody is left who could not read them."""
-    views = {id(view._of): view._of for view in (module.__dict__["config"] for module in modules)}
-    owners, left = _owners(model), set()
+def _settle(model: nn.Module) -> None:
+    """Models make their masks for Headway once nobody is left in them who could not read those."""
+    owners, views = _owners(model), _views(model)
+    left = {at for at, view in views.items() if view.__dict__.get("_output_attentions")}
     for site in find(model):
-        config = site.module.__dict__.get("config")
-        if not isinstance(config, _View):
-            left |= {id(config), id(getattr(owners.get(site.module), "config", None))}
-    for at, config in views.items():
-        if at not in left:
-            _set(config, NAME)
-
-
-def _set(config: Any, name: str | None) -> None:
-    """Unless someone else has set it since."""
-    now = config.__dict__[_INTERNAL]
-    if name == NAME or now == NAME:
-        config.__dict__[_INTERNAL] = name
+        if HELD not in site.module.__dict__:
+            configs = site.module.__dict__.get("config"), getattr(owners.get(site.module), "config", None)
+            left |= {id(_plain(config)) for config in configs}
+    for at, view in views.items():
+        object.__setattr__(view, "_makes_masks", at not in left)
+    for owner in {*owners.values()}:
+        if HELD not in owner.__dict__:
+            config = _plain(owner.__dict__["config"])
+            owner.__dict__["config"] = config if id(config) in left else views.get(id(config), config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +32,14 @@ class Errors:
     judged: float
     """Share of the numbers that are finite in the truth and in the answer of before."""
     eps: float
+    usual: float = 0.0
+    """What the gradients of the same answer erred before, as a share of their size: one of few numbers may be lucky."""
 
     @property
     def passed(self) -> bool:
-        worst = TIMES_WORST * self.worst_before + ROUNDINGS_WORST * self.eps * self.largest
-        rms = TIMES_RMS * self.rms_before + ROUNDINGS_RMS * self.eps * self.rms
+        usual = self.usual * self.rms
+        worst = TIMES_WORST * max(self.worst_before, usual) + ROUNDINGS_WORST * self.eps * self.largest
+        rms = TIMES_RMS * max(self.rms_before, usual) + ROUNDINGS_RMS * self.eps * self.rms
         return self.worst_now <= worst and self.rms_now <= rms
 
     def __str__(self) -> str:
@@ -78,6 +83,13 @@ def errors_of(
         judged=judged,
         eps=eps,
     )
+
+
+def with_usual(errors: Sequence[Errors]) -> tuple[Errors, ...]:
+    """The same, and gradients know what those beside them erred."""
+    shares = [e.rms_before / e.rms for e in errors if e.what != "forward" and e.rms > 0]
+    usual = math.sqrt(sum(share**2 for share in shares) / len(shares)) if shares else 0.0
+    return tuple(e if e.what == "forward" else dataclasses.replace(e, usual=usual) for e in errors)
 
 
 def _rms(x: Tensor) -> float:

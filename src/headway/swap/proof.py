@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from headway.choice.here import here
 from headway.errors import HeadwayError
 from headway.limits.machine import Machine
+from headway.sites import transformers
 from headway.sites.seen import see
 from headway.sites.site import Ticket, site_of
 from headway.swap.deck import Card, Shape, deal
-from headway.swap.judge import Errors, errors_of
+from headway.swap.judge import Errors, errors_of, with_usual
 from headway.swap.still import still
 
 SEED = 7
@@ -183,20 +184,54 @@ class Answer:
     gradients: dict[str, Tensor | None]
 
 
-def _answer(module: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> Answer:
-    """All floating-point outputs, and the gradients of a fixed mix of them."""
+def _answer(
+    module: nn.Module, inputs: Inputs, of: Ticket, dtype: torch.dtype | None = None, among: Answer | None = None
+) -> Answer:
+    """All floating-point outputs, and the gradients of a fixed mix of them, of what is finite in `among`."""
     given: list[Tensor] = []
     args, kwargs = _mapped(inputs, dtype, given)
     with torch.enable_grad():
         outputs = list(tensors_of(module(*args, **kwargs)))
+        if of.kind == transformers.KIND:
+            del outputs[1:]  # eager attention also returns weights that nobody asked for
         wanted = {f"input {i}": x for i, x in enumerate(given)}
         wanted |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-        ends = [out for out in outputs if out.requires_grad]
+        seeing = _rows_that_see(inputs[1].get("attention_mask"))
+        judged = [_over_rows(out, seeing) for out in outputs]
+        if among is not None:
+            # Gradients of a mix that another answer could not take part in would not be comparable with its own.
+            finite = (was.isfinite() for was in among.outputs)
+            judged = [
+                rows & was if was.shape == out.shape else rows
+                for out, rows, was in zip(outputs, judged, finite, strict=False)
+            ] + judged[len(among.outputs) :]
+        ends = [(out, rows) for out, rows in zip(outputs, judged, strict=True) if out.requires_grad]
+        shown = [out.detach().masked_fill(~rows, math.nan) for out, rows in zip(outputs, judged, strict=True)]
         if not ends or not wanted:
-            return Answer([out.detach() for out in outputs], {})
-        mixed = torch.stack([(out * _mix(out)).sum() for out in ends]).sum()
+            return Answer(shown, {})
+        mixed = torch.stack([(out * _mix(out).masked_fill(~rows, 0.0)).sum() for out, rows in ends]).sum()
         gradients = torch.autograd.grad(mixed, list(wanted.values()), allow_unused=True)
-    return Answer([out.detach() for out in outputs], dict(zip(wanted, gradients, strict=True)))
+    return Answer(shown, dict(zip(wanted, gradients, strict=True)))
+
+
+def _rows_that_see(mask: Any) -> Tensor | None:
+    """The queries (batch, length) that see anything, by a model's attention_mask; None if it does not say.
+
+    What comes out for the others is nobody's to say: 0, the mean of all values or NaN, by the kernel that ran.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask != 0
+    may = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+    return may.any(-1).all(1)
+
+
+def _over_rows(out: Tensor, seeing: Tensor | None) -> Tensor:
+    """Which numbers of an answer are judged, broadcast over it; all, where it has no such rows."""
+    if seeing is None or out.shape[:2] != seeing.shape:
+        return torch.ones((), dtype=torch.bool, device=out.device)
+    return seeing.view(*seeing.shape, *(1,) * (out.dim() - 2))
 
 
 def _mix(out: Tensor) -> Tensor:
@@ -220,15 +255,17 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) -> Proof:
     name = ticket.name
-    before = _answer(copied(module, restore), inputs)
-    judge, truth = _truth(copied(module, restore), inputs, before)
+    before = _answer(copied(module, restore), inputs, ticket)
+    judge, truth = _truth(copied(module, restore), inputs, ticket, before)
+    if _dtype(module) == torch.float64 and truth is not before:
+        before = _as_rounded(copied(module, restore), inputs, ticket, before)
     ours = copy.deepcopy(module)
     try:
-        now = _answer(ours, inputs)
-    except HeadwayError as error:
-        if ticket.asked != "auto":
+        now = _answer(ours, inputs, ticket, among=before)
+    except Exception as error:  # whatever it is, the model as it was did not raise it
+        if isinstance(error, HeadwayError) and ticket.asked != "auto":
             raise
-        return Proof(name, ticket.kind, judge, (), (), f"{type(error).__name__}: {error}")
+        return Proof(name, ticket.kind, judge, (), (), _short(error))
     held = [site.ticket for site in map(site_of, ours.modules()) if site is not None]
     for one in held:
         if one.name == ticket.name:
@@ -244,20 +281,40 @@ def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) 
         for of, t in truth.gradients.items()
         if t is not None and before.gradients.get(of) is not None
     ]
-    gradients = [t.abs().max().item() for t in truth.gradients.values() if t is not None and t.numel()]
-    least = {True: max(gradients, default=0.0) / 30, False: 0.0}
+    gradients = [t[t.isfinite()].abs() for t in truth.gradients.values() if t is not None]
+    least = {True: max((t.max().item() for t in gradients if t.numel()), default=0.0) / 30, False: 0.0}
     errors = tuple(
         errors_of(what, t, b, n, eps, least[what != "forward"], truth is before) for what, t, b, n in pairs if t.numel()
     )
-    return Proof(name, ticket.kind, judge, backends, errors)
+    return Proof(name, ticket.kind, judge, backends, with_usual(errors))
 
 
-def _truth(module: nn.Module, inputs: Inputs, before: Answer) -> tuple[str, Answer]:
+def _truth(module: nn.Module, inputs: Inputs, of: Ticket, before: Answer) -> tuple[str, Answer]:
     """What float64 says. A model that casts inside its forward cannot run in it: then what it said before must do."""
     try:
-        return "float64", _answer(module.double(), inputs, torch.float64)
-    except RuntimeError as error:
-        return f"the model as it was ({str(error).splitlines()[0]})", before
+        return "float64", _answer(module.double(), inputs, of, torch.float64, before)
+    except Exception as error:
+        return f"the model as it was ({_short(error)})", before
+
+
+def _as_rounded(module: nn.Module, inputs: Inputs, of: Ticket, truth: Answer) -> Answer:
+    """What a model in float64 erred before, which float64 cannot say: what it errs in float32, as many roundings."""
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    try:
+        narrow = _answer(module.float(), inputs, of, torch.float32, truth)
+    except Exception:
+        return truth
+
+    def rounded(exact: Tensor, coarse: Tensor | None) -> Tensor:
+        return exact if coarse is None else exact + (coarse.double() - exact) * ratio
+
+    outputs = [rounded(*pair) for pair in zip(truth.outputs, narrow.outputs, strict=True)]
+    gradients = {name: g if g is None else rounded(g, narrow.gradients[name]) for name, g in truth.gradients.items()}
+    return Answer(outputs, gradients)
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def facts(model: nn.Module) -> dict[str, Any]:

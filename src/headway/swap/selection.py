@@ -10,6 +10,7 @@ from torch import nn
 
 from headway.backends.registry import NAMES
 from headway.errors import SwapError, UnknownNameError
+from headway.limits.request import CONTRACTS
 from headway.sites.site import Found
 
 One: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -49,3 +50,12 @@ def backends(asked: str | Mapping[str, str], sites: list[Found]) -> dict[str, st
         names = {site.name for site in sites} if pattern == "*" else matching(pattern, sites, "backend")
         answer |= dict.fromkeys(names, name)
     return answer
+
+
+def contracts(require: str | Iterable[str]) -> tuple[str, ...]:
+    """The contracts asked for, each a known word."""
+    words = (require,) if isinstance(require, str) else tuple(require)
+    for word in words:
+        if word not in CONTRACTS:
+            raise UnknownNameError("contract", word, CONTRACTS)
+    return words

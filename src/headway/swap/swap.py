@@ -9,18 +9,18 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from headway.errors import SwapError
-from headway.sites import multihead, torch_calls
+from headway.sites import multihead, torch_calls, transformers
 from headway.sites.seen import Seen, see
 from headway.sites.site import Found, Site, Ticket, site_of
 from headway.swap.census import Census
 from headway.swap.proof import Certificate, prove
-from headway.swap.selection import Selection, backends, matching
+from headway.swap.selection import Selection, backends, contracts, matching
 from headway.swap.still import still
 
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
 """What a model is run with: its input, its inputs in order, its inputs by name, or a function that runs it."""
 
-KINDS: tuple[Any, ...] = (multihead, torch_calls)
+KINDS: tuple[Any, ...] = (multihead, transformers, torch_calls)
 """Earlier kinds go first: a module that one of them takes is not asked again."""
 
 
@@ -70,6 +70,7 @@ def swap(
     1 True
     """
     _refuse(model)
+    require = contracts(require)
     run = runner(example)
     by_kind = {kind.KIND: kind for kind in KINDS}
     earlier = _sites(model)
@@ -77,13 +78,18 @@ def swap(
         undo(model)
         plan = _plan(model, run, only, skip, backend)
         for word, kind in by_kind.items():
-            wanted = [ticket for ticket in plan.tickets if ticket.swapped and ticket.kind == word]
-            kind.apply(model, {ticket.name: Site(ticket, tuple(require)) for ticket in wanted})
+            wanted = [ticket for ticket in plan.tickets if ticket.kind == word]
+            if kind is not torch_calls:  # which keeps what is left alone out of the reach of what is not
+                wanted = [ticket for ticket in wanted if ticket.swapped]
+            if wanted:  # a kind may import what a model without it does not need
+                kind.apply(model, {ticket.name: Site(ticket, require) for ticket in wanted})
         certificate = None
         if run is not None:
 
             def put_back(ticket: Ticket) -> None:
                 by_kind[ticket.kind].restore(model, {ticket.name})
+                if ticket.kind == torch_calls.KIND:
+                    torch_calls.apply(model, {ticket.name: Site(ticket, require)})
 
             certificate = prove(model, run, plan.swapped, _as_it_was, put_back)
             if certificate.whole is not None and certificate.whole.failure:
@@ -130,7 +136,8 @@ def _sites(model: nn.Module) -> dict[str, dict[str, Site]]:
 
 def _put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Site]]) -> None:
     for kind in KINDS:
-        kind.apply(model, sites.get(kind.KIND, {}))
+        if kind.KIND in sites:
+            kind.apply(model, sites[kind.KIND])
 
 
 def _as_it_was(model: nn.Module) -> None:
