@@ -221,8 +221,14 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
             r"got a mask of type Tensor; takes a typed mask: headway.masks.from_sdpa.*from_key_padding_mask",
             lambda: attention(q, k, v, torch.ones(6, 6, dtype=torch.bool)),
         ),
-        "a string for a mask": (r"got a mask of type str; takes a typed mask", lambda: attention(q, k, v, "causal")),
-        "a class for a mask": (r"got a mask of type type; takes a typed mask", lambda: attention(q, k, v, Causal)),
+        "a string for a mask": (
+            r"got a mask of type str; takes a typed mask: headway.Causal\(\)",
+            lambda: attention(q, k, v, "causal"),
+        ),
+        "a class for a mask": (
+            r"got a mask of type \w+; takes a typed mask: Causal\(\), with parentheses",
+            lambda: attention(q, k, v, Causal),
+        ),
         "another device": (r"got q on cpu, k on meta.*takes one device: move", lambda: attention(q, k.to("meta"), v)),
     }
 

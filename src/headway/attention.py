@@ -355,10 +355,12 @@ def _check(
         raise RequestError("got nested tensors; takes dense ones: pack them and say Documents(lengths), or pad them")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise RequestError(f"got {shapes}; takes (batch, heads, length, head_dim) for each: add the axes that lack")
+        raise RequestError(
+            f"got {shapes}; takes (batch, heads, length, head_dim) for each: x.unsqueeze(0) adds a batch"
+        )
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise RequestError(
-            f"got q {q.dtype}, k {k.dtype}, v {v.dtype}; takes one floating-point dtype: cast two of them"
+            f"got q {q.dtype}, k {k.dtype}, v {v.dtype}; takes one floating-point dtype for all: x.to(dtype)"
         )
     if not q.device == k.device == v.device:
         raise RequestError(f"got q on {q.device}, k on {k.device}, v on {v.device}; takes one device: move two of them")
@@ -371,11 +373,7 @@ def _check(
             f"got {q.shape[1]} query heads and {k.shape[1]} key heads; takes a whole number of the first to each"
         )
     if mask is not None and not isinstance(mask, Mask):
-        raise RequestError(
-            f"got a mask of type {type(mask).__name__}; takes a typed mask:"
-            " headway.masks.from_sdpa(tensor) for PyTorch's (True = may),"
-            " from_key_padding_mask(tensor) for nn.MultiheadAttention's (True = blocked)"
-        )
+        raise RequestError(f"got a mask of type {type(mask).__name__}; takes a typed mask: {_typed_instead(mask)}")
     if q.shape[3] == 0:
         raise RequestError(f"got {shapes}; takes a head_dim of 1 or more: there is nothing to compare")
     if isinstance(scale, Tensor):
@@ -392,6 +390,21 @@ def _check(
         raise RequestError(
             f"got sinks {list(sinks.shape)} on {sinks.device}; takes one logit per query head, on {q.device}"
         )
+
+
+def _typed_instead(mask: object) -> str:
+    """The typed mask that whoever gave this may have meant."""
+    if isinstance(mask, type):
+        return f"{mask.__name__}(), with parentheses"
+    if callable(mask) and not isinstance(mask, Tensor):
+        return "headway.Predicate(fn) for a function of (b, h, q, k)"
+    if isinstance(mask, str | bool):
+        return "headway.Causal() for the causal one"
+    tensor = "tensor" if isinstance(mask, Tensor) else "torch.as_tensor(mask)"
+    return (
+        f"headway.masks.from_sdpa({tensor}) for PyTorch's (True = may),"
+        f" from_key_padding_mask({tensor}) for nn.MultiheadAttention's (True = blocked)"
+    )
 
 
 def _contracts(require: Iterable[str]) -> frozenset[str]:

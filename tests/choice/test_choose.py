@@ -278,7 +278,7 @@ def test_reads_well_when_chosen() -> None:
         "  sdpa-cudnn, flash4, flash3, flash2, sdpa-flash, torch-varlen, sage\n"
         "                got float32, takes float16 on cuda 7.5; cast q, k and v to float16, and the result back\n"
         "  torch-varlen  got mask none, takes masks with documents or documents-cross; choose another backend\n"
-        "  sage          got auto, takes calls that ask for it by name;"
+        "  sage          got a call that does not name it, takes calls that do;"
         " pass backend='sage' if an approximation is good enough"
     )
 

@@ -171,3 +171,10 @@ def test_a_predicate_inside_is_checked_too() -> None:
     other = torch.ones(4, device="meta").bool()
     with pytest.raises(MaskError, match=r"captures other on meta"):
         (Causal() & ~Predicate(lambda b, h, q, k: other[q])).to_bool(FRAME)
+
+
+def test_no_mask_is_yes_or_no() -> None:
+    """`Causal() and Padding(...)` was Padding alone."""
+    for join in (lambda: Causal() and Padding([3]), lambda: Causal() or Padding([3]), lambda: not Causal()):
+        with pytest.raises(MaskError, match=r"takes & \| ~"):
+            join()

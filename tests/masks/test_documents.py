@@ -106,3 +106,8 @@ def test_a_copy_on_another_device_is_made_once() -> None:
     assert first.device == meta
     assert packing.on(meta) is first
     assert packing.on(torch.device("cpu")) is packing.starts
+
+
+def test_cumulative_lengths_for_lengths_are_noticed() -> None:
+    with pytest.raises(MaskError, match=r"look like cumulative lengths, which Documents.from_cu_seqlens takes"):
+        Documents(torch.tensor([0, 5, 13, 16])).check(Frame(16, 16))

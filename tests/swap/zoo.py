@@ -38,6 +38,10 @@ def padded() -> dict[str, Any]:
     return {"input_ids": ids(), "attention_mask": mask}
 
 
+def pairs() -> dict[str, Any]:
+    return {"input_ids": ids(), "decoder_input_ids": ids(7)}
+
+
 def image(size: int = 16) -> dict[str, Any]:
     return {"pixel_values": torch.randn(2, 3, size, size)}
 
@@ -95,6 +99,8 @@ BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 97, "max_position_embeddings": 64,
 }  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+DISTIL = {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48, "vocab_size": 97}
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 97, "n_positions": 64}
 
 ZOO = (
@@ -104,7 +110,7 @@ ZOO = (
     hugging_face("Qwen3Config", "Qwen3ForCausalLM", GROUPED, padded, 2, head_dim=16),
     hugging_face("Gemma2Config", "Gemma2ForCausalLM", GROUPED, padded, 2, head_dim=16, sliding_window=4),
     hugging_face("Gemma3TextConfig", "Gemma3ForCausalLM", GROUPED, padded, 2, head_dim=16, sliding_window=4),
-    hugging_face("GptOssConfig", "GptOssForCausalLM", GROUPED, padded, 2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
+    hugging_face("GptOssConfig", "GptOssForCausalLM", GROUPED, padded, 2, head_dim=16, sliding_window=4, **EXPERTS),
     hugging_face("Phi3Config", "Phi3ForCausalLM", GROUPED, padded, 2, pad_token_id=0),
     hugging_face("Starcoder2Config", "Starcoder2ForCausalLM", GROUPED, padded, 2),
     hugging_face("Olmo2Config", "Olmo2ForCausalLM", GROUPED, padded, 2),
@@ -117,7 +123,7 @@ ZOO = (
     hugging_face("BertConfig", "BertModel", TEXT, padded, 2),
     hugging_face("RobertaConfig", "RobertaModel", TEXT, padded, 2),
     hugging_face("ElectraConfig", "ElectraModel", TEXT, padded, 2),
-    hugging_face("DistilBertConfig", "DistilBertModel", {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48, "vocab_size": 97}, padded, 2),
+    hugging_face("DistilBertConfig", "DistilBertModel", DISTIL, padded, 2),
     hugging_face("ViTConfig", "ViTModel", IMAGE, image, 2),
     hugging_face("DeiTConfig", "DeiTModel", IMAGE, image, 2),
     hugging_face("Dinov2Config", "Dinov2Model", IMAGE, image, 2),
@@ -131,8 +137,8 @@ ZOO = (
         lambda: {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": ids()}, 6,
         num_mel_bins=8, max_source_positions=20, max_target_positions=32, pad_token_id=0,
     ),
-    hugging_face("BartConfig", "BartForConditionalGeneration", BART, lambda: {"input_ids": ids(), "decoder_input_ids": ids(7)}, 6),
-    hugging_face("MarianConfig", "MarianMTModel", BART, lambda: {"input_ids": ids(), "decoder_input_ids": ids(7)}, 6, pad_token_id=0),
+    hugging_face("BartConfig", "BartForConditionalGeneration", BART, pairs, 6),
+    hugging_face("MarianConfig", "MarianMTModel", BART, pairs, 6, pad_token_id=0),
     x_transformers(causal=True),
     x_transformers(causal=False),
     diffusers_transformer(),

@@ -87,7 +87,7 @@ def choose(request: Request, machine: Machine, backend: str = "auto") -> Decisio
 
 
 _APPROXIMATE = Refusal(
-    "auto", "calls that ask for it by name", "pass backend='sage' if an approximation is good enough"
+    "a call that does not name it", "calls that do", "pass backend='sage' if an approximation is good enough"
 )
 
 

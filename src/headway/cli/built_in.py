@@ -93,16 +93,15 @@ class ImageAttention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query over all patches, with softmax(q kᵀ) v written out."""
+    """The mean patch asks all patches, with softmax(q kᵀ) v written out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.randn(1, 1, WIDTH) / math.sqrt(WIDTH))
-        self.to_kv = nn.Linear(WIDTH, 2 * WIDTH)
+        self.to_q, self.to_kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.to_kv(x).chunk(2, -1)
-        scores = torch.matmul(self.query.expand(len(x), -1, -1), k.transpose(1, 2)) / math.sqrt(WIDTH)
+        scores = torch.matmul(self.to_q(x.mean(1, keepdim=True)), k.transpose(1, 2)) / math.sqrt(WIDTH)
         return torch.matmul(scores.softmax(-1), v).squeeze(1)
 
 

@@ -18,18 +18,18 @@ BATCH, LENGTH = 2, 32
 
 def example_for(model: nn.Module) -> Any:
     """The first input that the model runs with; BadParameter if none does."""
-    if hugging_face.is_one(model):
-        return hugging_face.example(model)
     tried: list[str] = []
-    for one in _guesses(model):
+    guesses = hugging_face.examples(model) if hugging_face.is_one(model) else _guesses(model)
+    for one in guesses:
         error = why_not(model, one)
         if not error:
             return one
         tried.append(f"{_said(one)}: {error}")
-    told = f"; tried {'; '.join(tried)}" if tried else ""
+    told = "; ".join(("", *dict.fromkeys(tried)))
     raise typer.BadParameter(
         f"got a {type(model).__name__} without an example, and cannot guess one{told}."
-        " Let the function return (model, example), the example being a tensor, a tuple, a dict or a function"
+        " Let a function (path/to/file.py:function) return (model, example), the example being a tensor, a tuple,"
+        " a dict, or a function that runs the model"
     )
 
 
@@ -45,7 +45,7 @@ def why_not(model: nn.Module, example: Any) -> str:
     return ""
 
 
-def _guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+def _guesses(model: nn.Module) -> Iterator[tuple[Any, ...] | dict[str, Any]]:
     given = getattr(model, "example_input_array", None)  # Lightning's name for it
     if given is not None:
         yield given if isinstance(given, tuple) else (given,)
@@ -73,5 +73,6 @@ def _first(module: nn.Module) -> Tensor | None:
     return None
 
 
-def _said(example: tuple[Any, ...]) -> str:
-    return ", ".join(str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in example)
+def _said(example: tuple[Any, ...] | dict[str, Any]) -> str:
+    pairs = example.items() if isinstance(example, dict) else (("", x) for x in example)
+    return ", ".join(f"{name} {list(x.shape)}".strip() for name, x in pairs if isinstance(x, Tensor))

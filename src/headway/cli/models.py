@@ -32,10 +32,10 @@ def found(name: str, device: str = "cpu", dtype: str = "float32", seed: int = 0)
     model, example = _made(name)
     if not isinstance(model, nn.Module):
         raise typer.BadParameter(f"got {name}, which made a {type(model).__name__}; takes an nn.Module")
-    model = model.eval().to(where, kind)
+    model.eval()
     if example is None:
-        with torch.device(where):
-            example = example_for(model)
+        example = example_for(model.float())
+    model = model.to(where, kind)
     example = moved(example, where, kind)
     error = why_not(model, example)
     if error:
@@ -51,14 +51,15 @@ def _made(name: str) -> tuple[Any, Any]:
         return BUILT_IN[name][0]()
     scheme, _, rest = name.partition(":")
     if scheme == "hf" and rest:
-        return from_transformers(rest)
+        return from_transformers(rest), None
     if scheme == "timm" and rest:
         return _from_timm(rest)
     if ".py:" in name:
         return _from_file(name)
     close = difflib.get_close_matches(name, BUILT_IN, 1)
     meant = f"; did you mean {close[0]}?" if close else ""
-    raise typer.BadParameter(f"got {name!r}{meant}\n{listed()}")
+    typer.echo(listed(), err=True)
+    raise typer.BadParameter(f"got {name!r}, which is none of the above{meant}")
 
 
 def listed() -> str:

@@ -52,15 +52,18 @@ def command(
         typer.echo(listed())
         return
     if model is None:
-        raise typer.BadParameter(f"takes a model\n{listed()}", param_hint="MODEL")
+        typer.echo(listed(), err=True)
+        raise typer.BadParameter("takes one of the above", param_hint="MODEL")
     for path in (report, as_json, certificate):
         _check_folder(path)
     if threads:
         torch.set_num_threads(threads)
     module, example = found(model, device, dtype, seed)
     made = attempt(module, example, model, backend, only, skip, backward, rounds)
+    written = save(made, report, as_json, certificate)  # before anything is printed: a pipe may close early
     show(made, Console())
-    save(made, report, as_json, certificate)
+    for line in written:
+        typer.echo(line)
     if not made.proven:
         raise typer.Exit(1)
 
@@ -109,17 +112,17 @@ def backends(asked: list[str] | None) -> str | dict[str, str]:
     return {pattern or "*": name for pattern, _, name in pairs}
 
 
-def save(made: Report, report: Path | None, as_json: Path | None, certificate: Path | None) -> None:
-    """Write what was asked for."""
+def save(made: Report, report: Path | None, as_json: Path | None, certificate: Path | None) -> list[str]:
+    """Write what was asked for, and say what was written where."""
+    written = []
     if report is not None:
         report.write_text(page(made), "utf-8")
-        typer.echo(f"report: {report}")
+        written.append(f"report: {report}")
     if as_json is not None:
-        made.save(as_json)
-        typer.echo(f"json: {as_json}")
+        written.append(f"json: {made.save(as_json)}")
     if certificate is not None and made.certificate is not None:
-        made.certificate.save(certificate)
-        typer.echo(f"certificate: {certificate}")
+        written.append(f"certificate: {made.certificate.save(certificate)}")
+    return written
 
 
 def _check_folder(path: Path | None) -> None:

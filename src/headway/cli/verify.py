@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from headway.errors import CertificateError
-from headway.swap.verify import verify
+from headway.report.report import FORMAT
+from headway.swap.verify import Verdict, verify
 
 
 def command(
     certificate: Annotated[
-        Path, typer.Argument(metavar="CERTIFICATE", help="As `headway try --certificate` writes it.")
+        Path, typer.Argument(metavar="CERTIFICATE", help="As `headway try` writes it with --certificate or --json.")
     ],
 ) -> None:
     """Check a certificate: its form, that its verdict follows from its numbers, and its edge deck, dealt again here.
@@ -21,10 +24,26 @@ def command(
     Exits with 1 if it does not hold, with 2 if it cannot be read.
     """
     try:
-        verdict = verify(certificate)
+        verdict = _checked(certificate)
     except CertificateError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(str(verdict))
     typer.echo("holds" if verdict.holds else "does not hold")
     if not verdict.holds:
         raise typer.Exit(1)
+
+
+def _checked(path: Path) -> Verdict:
+    """Of a report, the certificate inside it."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise CertificateError(f"got {path}, which is no text ({error}); takes a certificate") from error
+    except (OSError, json.JSONDecodeError):
+        return verify(path)  # which says what is wrong with it
+    if not (isinstance(data, dict) and data.get("format") == FORMAT and data.get("certificate")):
+        return verify(path)
+    with tempfile.TemporaryDirectory() as folder:
+        inside = Path(folder) / "certificate.json"
+        inside.write_text(json.dumps(data["certificate"]), "utf-8")
+        return verify(inside)

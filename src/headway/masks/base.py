@@ -111,6 +111,9 @@ class Mask(Remembers):
     def __invert__(self) -> Mask:
         return Not(self)
 
+    def __bool__(self) -> bool:
+        raise MaskError("got a mask where yes or no is asked for, as by and, or, not and if; takes & | ~, or `is None`")
+
     # -- what each mask becomes ------------------------------------------------------------------------------------
 
     def to_bool(self, frame: Frame) -> Tensor:

@@ -139,9 +139,16 @@ class Documents(Mask):
     def check(self, frame: Frame) -> None:
         for name, packing, length in (("queries", self.queries, frame.q_len), ("keys", self.keys, frame.kv_len)):
             if packing.total != length:
+                known = packing.lengths or ()
+                cumulative = len(known) > 1 and known[0] == 0 and known[-1] == length and list(known) == sorted(known)
+                instead = (
+                    "these look like cumulative lengths, which Documents.from_cu_seqlens takes"
+                    if cumulative
+                    else "count the filler as a document of its own"
+                )
                 raise MaskError(
                     f"got documents of {packing.total} tokens in all for {length} {name}, takes lengths that add up to"
-                    f" all {name}; count the filler as a document of its own"
+                    f" all {name}; {instead}"
                 )
 
     def rule(self, frame: Frame) -> Rule:

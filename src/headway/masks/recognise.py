@@ -37,7 +37,7 @@ def recognise(tensor: Tensor) -> Mask:
             " for (batch, keys) use from_key_padding_mask or from_transformers"
         )
     if tensor.dtype == torch.bool:
-        return _typed(tensor) or Dense(tensor)
+        return _typed_or_dense(tensor)
     if not tensor.is_floating_point():
         raise MaskError(
             f"got {shape_of(tensor)}, takes bool (True = may) or floating point (added to scores);"
@@ -46,7 +46,7 @@ def recognise(tensor: Tensor) -> Mask:
     keep = None if tensor.requires_grad else _yes_and_no(tensor)
     if keep is None:
         return Bias(tensor)
-    return _typed(keep) or Dense(keep)
+    return _typed_or_dense(keep)
 
 
 def _yes_and_no(bias: Tensor) -> Tensor | None:
@@ -58,6 +58,11 @@ def _yes_and_no(bias: Tensor) -> Tensor | None:
     # The smallest finite number blocks only beside a score that wins; alone in a row it makes the mean of V.
     mean_rows = ~keep.any(-1) & (bias == lowest).any(-1)
     return None if bool(mean_rows.any()) else keep
+
+
+def _typed_or_dense(keep: Tensor) -> Mask:
+    typed = _typed(keep)
+    return Dense(keep) if typed is None else typed
 
 
 def _typed(keep: Tensor) -> Mask | None:

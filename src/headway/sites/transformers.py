@@ -338,7 +338,8 @@ def mask(
         asked["allow_is_causal_skip"] = asked["allow_is_bidirectional_skip"] = False
         return sdpa_mask(mask_function=mask_function, **asked)
     padding = None if attention_mask is None else _padding(attention_mask, kv_offset, kv_length)
-    whole = _all(*typed, *(() if padding is None else (padding,))) or Full()
+    whole = _all(*(typed or (Full(),))) if padding is None else _all(*typed, padding)
+    assert whole is not None
     return Typed(whole, frame, skips)
 
 
