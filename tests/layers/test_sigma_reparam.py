@@ -565,7 +565,7 @@ class Model(nn.Module):
         (nn.Embedding, {"tokens"}),
         ([nn.Conv1d, "blocks.1.*"], {"patch", "blocks.1.0"}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_names_choose(names: Any, wrapped: set[str]) -> None:
     model = sigma_reparam(Model(), names)

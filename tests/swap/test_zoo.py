@@ -15,7 +15,7 @@ import torch
 from swap.zoo import ZOO, Entry
 
 import headway
-from headway.swap.proof import tensors_of
+from headway.swap.answer import tensors_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

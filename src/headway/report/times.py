@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headway.swap.proof import tensors_of
+from headway.swap.answer import tensors_of
 from headway.swap.still import still
 from headway.swap.swap import Example, Swap, runner, undo
 

@@ -13,7 +13,8 @@ import datetime
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,11 +27,11 @@ from headway.limits.machine import Machine
 from headway.sites import transformers
 from headway.sites.seen import see
 from headway.sites.site import Ticket, site_of
+from headway.swap.answer import SEED, Answer, Inputs, answer
 from headway.swap.deck import Card, Shape, deal
 from headway.swap.judge import Errors, errors_of, with_usual
 from headway.swap.still import still
 
-SEED = 7
 FORMAT = "headway certificate 1"
 
 
@@ -157,111 +158,21 @@ def copied(module: nn.Module, restore: Restore) -> nn.Module:
     return again
 
 
-def _mapped(value: Any, dtype: torch.dtype | None, inputs: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return value
-        made = value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
-        inputs.append(made)
-        return made
-    if isinstance(value, dict):
-        return {key: _mapped(each, dtype, inputs) for key, each in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(each, dtype, inputs) for each in value)
-    return value if isinstance(value, nn.Module) else copy.deepcopy(value)
-
-
 def _dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclasses.dataclass
-class Answer:
-    outputs: list[Tensor]
-    gradients: dict[str, Tensor | None]
-
-
-def _answer(
-    module: nn.Module, inputs: Inputs, of: Ticket, dtype: torch.dtype | None = None, among: Answer | None = None
-) -> Answer:
-    """All floating-point outputs, and the gradients of a fixed mix of them, of what is finite in `among`."""
-    given: list[Tensor] = []
-    args, kwargs = _mapped(inputs, dtype, given)
-    with torch.enable_grad():
-        outputs = list(tensors_of(module(*args, **kwargs)))
-        if of.kind == transformers.KIND:
-            del outputs[1:]  # eager attention also returns weights that nobody asked for
-        wanted = {f"input {i}": x for i, x in enumerate(given)}
-        wanted |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-        seeing = _rows_that_see(inputs[1].get("attention_mask"))
-        judged = [_over_rows(out, seeing) for out in outputs]
-        if among is not None:
-            # Gradients of a mix that another answer could not take part in would not be comparable with its own.
-            finite = (was.isfinite() for was in among.outputs)
-            judged = [
-                rows & was if was.shape == out.shape else rows
-                for out, rows, was in zip(outputs, judged, finite, strict=False)
-            ] + judged[len(among.outputs) :]
-        ends = [(out, rows) for out, rows in zip(outputs, judged, strict=True) if out.requires_grad]
-        shown = [out.detach().masked_fill(~rows, math.nan) for out, rows in zip(outputs, judged, strict=True)]
-        if not ends or not wanted:
-            return Answer(shown, {})
-        mixed = torch.stack([(out * _mix(out).masked_fill(~rows, 0.0)).sum() for out, rows in ends]).sum()
-        gradients = torch.autograd.grad(mixed, list(wanted.values()), allow_unused=True)
-    return Answer(shown, dict(zip(wanted, gradients, strict=True)))
-
-
-def _rows_that_see(mask: Any) -> Tensor | None:
-    """The queries (batch, length) that see anything, by a model's attention_mask; None if it does not say.
-
-    What comes out for the others is nobody's to say: 0, the mean of all values or NaN, by the kernel that ran.
-    """
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        return None
-    if mask.dim() == 2:
-        return mask != 0
-    may = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
-    return may.any(-1).all(1)
-
-
-def _over_rows(out: Tensor, seeing: Tensor | None) -> Tensor:
-    """Which numbers of an answer are judged, broadcast over it; all, where it has no such rows."""
-    if seeing is None or out.shape[:2] != seeing.shape:
-        return torch.ones((), dtype=torch.bool, device=out.device)
-    return seeing.view(*seeing.shape, *(1,) * (out.dim() - 2))
-
-
-def _mix(out: Tensor) -> Tensor:
-    """The same numbers whatever dtype and device the answer has; 0 where it is no number."""
-    made = torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
-    return made.to(torch.float32).to(out.device, out.dtype) * out.detach().isfinite()
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in an answer, in order."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and not value.is_nested:
-            yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from tensors_of(each)
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from tensors_of(each)
-
-
 def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) -> Proof:
     name = ticket.name
-    before = _answer(copied(module, restore), inputs, ticket)
-    judge, truth = _truth(copied(module, restore), inputs, ticket, before)
+    # Eager attention of transformers also returns weights that nobody asked for.
+    run = partial(answer, inputs=inputs, at_most=1 if ticket.kind == transformers.KIND else None)
+    before = run(copied(module, restore))
+    judge, truth = _truth(copied(module, restore), run, before)
     if _dtype(module) == torch.float64 and truth is not before:
-        before = _as_rounded(copied(module, restore), inputs, ticket, before)
+        before = _as_rounded(copied(module, restore), run, before)
     ours = copy.deepcopy(module)
     try:
-        now = _answer(ours, inputs, ticket, among=before)
+        now = run(ours, among=before)
     except Exception as error:  # whatever it is, the model as it was did not raise it
         if isinstance(error, HeadwayError) and ticket.asked != "auto":
             raise
@@ -289,20 +200,25 @@ def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) 
     return Proof(name, ticket.kind, judge, backends, with_usual(errors))
 
 
-def _truth(module: nn.Module, inputs: Inputs, of: Ticket, before: Answer) -> tuple[str, Answer]:
+Run = Callable[..., Answer]
+CANNOT = (RuntimeError, TypeError, ValueError, AssertionError)
+"""What a model raises that casts inside its forward, in a dtype it did not reckon with."""
+
+
+def _truth(module: nn.Module, run: Run, before: Answer) -> tuple[str, Answer]:
     """What float64 says. A model that casts inside its forward cannot run in it: then what it said before must do."""
     try:
-        return "float64", _answer(module.double(), inputs, of, torch.float64, before)
-    except Exception as error:
+        return "float64", run(module.double(), dtype=torch.float64, among=before)
+    except CANNOT as error:
         return f"the model as it was ({_short(error)})", before
 
 
-def _as_rounded(module: nn.Module, inputs: Inputs, of: Ticket, truth: Answer) -> Answer:
+def _as_rounded(module: nn.Module, run: Run, truth: Answer) -> Answer:
     """What a model in float64 erred before, which float64 cannot say: what it errs in float32, as many roundings."""
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     try:
-        narrow = _answer(module.float(), inputs, of, torch.float32, truth)
-    except Exception:
+        narrow = run(module.float(), dtype=torch.float32, among=truth)
+    except CANNOT:
         return truth
 
     def rounded(exact: Tensor, coarse: Tensor | None) -> Tensor:

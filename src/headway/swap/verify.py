@@ -68,7 +68,7 @@ def read(path: str | Path) -> Certificate:
     """The certificate in a file; CertificateError if it is none, or says what its numbers do not."""
     try:
         data = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CertificateError(f"got {path}, which cannot be read as JSON ({error}); takes a certificate") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CertificateError(
