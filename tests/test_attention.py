@@ -178,11 +178,14 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
     q, k, v = draw(2, 4, 6, 16)
     return {
         "three axes": (
-            r"got q \[4, 6, 16\].*; takes \(batch, heads.*add the axes",
+            r"got q \[4, 6, 16\].*; takes \(batch, heads.*unsqueeze\(0\) adds a batch",
             lambda: attention(q[0], k[0], v[0]),
         ),
         "five axes": (r"got q \[1, 2.*takes", lambda: attention(q[None], k[None], v[None])),
-        "two dtypes": (r"got q torch.float32, k torch.float16.*takes one .*cast", lambda: attention(q, k.half(), v)),
+        "two dtypes": (
+            r"got q torch.float32, k torch.float16.*takes one .*x.to\(dtype\)",
+            lambda: attention(q, k.half(), v),
+        ),
         "integers": (
             r"got q torch.int32.*takes one floating-point dtype",
             lambda: attention(q.int(), k.int(), v.int()),

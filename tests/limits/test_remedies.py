@@ -119,7 +119,7 @@ def rows_in_parts(count: int) -> Callable[[Call, Callable[[Call], Tensor]], Tens
     """The queries split in so many, each with its rows of a dense mask."""
 
     def follow(changed: Call, run: Callable[[Call], Tensor]) -> Tensor:
-        keep = changed.mask.to_bool(door._frame(changed.q, changed.k)) if changed.mask else None
+        keep = changed.mask.to_bool(door._frame(changed.q, changed.k)) if changed.mask is not None else None
         rows = torch.arange(changed.q.shape[2]).chunk(count)
         return torch.cat(
             [

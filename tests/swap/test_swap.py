@@ -395,7 +395,7 @@ def _steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], 
             yield f"applying {kind.KIND}", lambda kind=kind: monkeypatch.setattr(kind, "apply", _boom)
     for name in ("see", "matching", "backends", "prove", "Site", "Census", "still", "_by_hand", "_notes"):
         yield name, lambda name=name: monkeypatch.setattr(engine, name, _boom)
-    for name in ("_prove", "deal", "facts", "see", "copied", "_answer", "errors_of", "_truth"):
+    for name in ("_prove", "deal", "facts", "see", "copied", "answer", "errors_of", "_truth"):
         yield f"proof {name}", lambda name=name: monkeypatch.setattr(proof, name, _boom)
 
 

@@ -27,7 +27,7 @@ def to_xformers(mask: Mask, frame: Frame, dtype: torch.dtype) -> Any:
     if not parts.kinds(frame):
         return None
     bias = None
-    if not (parts.rest or parts.padding or parts.alibi or parts.bias):
+    if not parts.rest and all(part is None for part in (parts.padding, parts.alibi, parts.bias)):
         packed = parts.documents
         bias = _banded(parts.band, frame, dtype) if packed is None else _packed(packed, parts.band, frame)
     return _aligned(mask.to_additive(frame, dtype), frame) if bias is None else bias
