@@ -64,7 +64,9 @@ def rejoin(module: nn.Module, protocol: Any) -> Any:
     made = type(module).__dict__
     if "_role" not in made:  # another tool's subclass of it, which is that tool's to copy
         return object.__reduce_ex__(module, protocol)
-    return _again, (made["_role"], made["_original"]), module.__dict__
+    own = getattr(made["_original"], "__getstate__", None)
+    state = module.__dict__ if own is getattr(object, "__getstate__", None) else module.__getstate__()
+    return _again, (made["_role"], made["_original"]), state
 
 
 def _again(role: type, original: type) -> nn.Module:

@@ -13,7 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,19 @@ KEEPS = frozenset(
 """What scores, or weights, are after which still are scores, or weights."""
 
 
+class Inputs(NamedTuple):
+    """What a module was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    casts: tuple[tuple[str, torch.dtype], ...] = ()
+    """Where autocast was on, and to what."""
+
+
+def _casts() -> tuple[tuple[str, torch.dtype], ...]:
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
+
+
 @dataclasses.dataclass
 class Seen:
     """What one run showed."""
@@ -54,7 +67,7 @@ class Seen:
     """Modules that call F.scaled_dot_product_attention themselves, and how often; by the name of the innermost."""
     by_hand: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     """(module, file:line) of attention written by hand, with the bytes of the largest scores seen there."""
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    calls: dict[str, Inputs] = dataclasses.field(default_factory=dict)
     """The inputs of the first call of each module that was asked for."""
     ran: set[str] = dataclasses.field(default_factory=set)
     """Modules whose forward ran."""
@@ -79,7 +92,7 @@ def _named(model: nn.Module, stack: list[str], seen: Seen, keep: Collection[str]
             stack.append(name)
             seen.ran.add(name)
             if name in keep and name not in seen.calls:
-                seen.calls[name] = pinned(args), pinned(kwargs)
+                seen.calls[name] = Inputs(pinned(args), pinned(kwargs), _casts())
 
         return before
 

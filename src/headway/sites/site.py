@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from headway.attention import attention, explain
 from headway.choice.choose import Decision
+from headway.limits.request import representative
 from headway.masks.base import Mask
 
 Undo: TypeAlias = Any
@@ -85,7 +86,9 @@ class Site:
         if not is_compiling():
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             kind = None if mask is None else mask.kind
-            at = (q.shape, k.shape, v.shape, q.dtype, q.device, grad, kind, dropout > 0, softcap is None, sinks is None)
+            lengths = representative(q.shape[2]), representative(k.shape[2])  # a cache grows at every call
+            sizes = q.shape[:2], k.shape[1], q.shape[3], v.shape[3], lengths
+            at = (*sizes, q.dtype, q.device, grad, kind, dropout > 0, softcap is None, sinks is None)
             decision = self.ticket.decisions.get(at)
             if decision is None:
                 decision = self.ticket.decisions[at] = explain(

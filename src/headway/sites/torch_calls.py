@@ -140,9 +140,16 @@ def find(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
     called = set() if seen is None else seen.sdpa.keys()
     for module, (name, *aliases) in paths.items():
         if called & {name, *aliases}:
-            patched = "forward" in module.__dict__
-            because = "its forward was replaced on the instance, which no class can override" if patched else ""
-            yield Found(name, module, KIND, because, tuple(aliases))
+            yield Found(name, module, KIND, _why_not(module), tuple(aliases))
+
+
+def _why_not(module: nn.Module) -> str:
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, which no class can override"
+    codes = (getattr(value, "__code__", None) for kind in type(module).__mro__ for value in vars(kind).values())
+    if any("checkpoint" in name for code in codes if code is not None for name in code.co_names):
+        return f"{type(module).__name__} checkpoints inside its forward, and what that computes again is out of reach"
+    return ""
 
 
 def apply(model: nn.Module, sites: Mapping[str, Site]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.utils.weak import WeakIdKeyDictionary
 
 from headway.attention import attention
 from headway.backends import reference
@@ -170,12 +171,14 @@ def _kept(tensor: Tensor, make: Callable[[Tensor], Mask]) -> Mask:
     """The mask made of a tensor, once for all layers that are given it; kept with the tensor until that changes."""
     if is_compiling() or type(tensor) is not Tensor or tensor.requires_grad or tensor.is_inference():
         return make(tensor)
-    held: tuple[int, Mask] | None = getattr(tensor, "_headway_mask", None)
+    held: tuple[int, Mask] | None = _MASKS.get(tensor)
     if held is None or held[0] != tensor._version:
-        # Of an alias, which has the same version: a mask of the tensor itself would be a circle, and outlive its use.
-        held = tensor._version, make(tensor.detach())
-        tensor._headway_mask = held  # type: ignore[attr-defined]
+        # Of an alias, which has the same version: a mask of the tensor itself would keep it alive.
+        held = _MASKS[tensor] = tensor._version, make(tensor.detach())
     return held[1]
+
+
+_MASKS: Any = WeakIdKeyDictionary()
 
 
 def _from_flags(q_len: int, kv_len: int, causal: bool, window: int | None) -> Mask | None:

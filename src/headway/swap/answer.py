@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headway.sites.seen import Inputs
+
 SEED = 7
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclasses.dataclass
@@ -21,6 +23,8 @@ class Answer:
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor | None]
+    drew: bool = False
+    """Whether it took random numbers, which in another dtype would be others."""
 
 
 def answer(
@@ -30,15 +34,23 @@ def answer(
     at_most: int | None = None,
     dtype: torch.dtype | None = None,
     among: Answer | None = None,
+    seeing: Tensor | None = None,
 ) -> Answer:
-    """The first `at_most` floating-point outputs, and the gradients of a fixed mix of what is finite in `among`."""
+    """The first `at_most` floating-point outputs, and the gradients of a fixed mix of what is finite in `among`.
+
+    What comes out for queries that are not `seeing` anything is nobody's to judge: 0, a mean or NaN, by the kernel.
+    """
     given: list[Tensor] = []
-    args, kwargs = _mapped(inputs, dtype, given)
-    with torch.enable_grad():
+    args, kwargs = _mapped((inputs.args, inputs.kwargs), dtype, given)
+    torch.manual_seed(SEED)
+    fresh = _random_state(module)
+    with torch.enable_grad(), contextlib.ExitStack() as stack:
+        for kind, cast in inputs.casts if dtype is None else ():
+            stack.enter_context(torch.autocast(kind, cast))
         outputs = list(tensors_of(module(*args, **kwargs)))[:at_most]
+        drew = any(not torch.equal(*pair) for pair in zip(fresh, _random_state(module), strict=True))
         wanted = {f"input {i}": x for i, x in enumerate(given)}
         wanted |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-        seeing = _rows_that_see(inputs[1].get("attention_mask"))
         judged = [_over_rows(out, seeing) for out in outputs]
         if among is not None:
             # Gradients of a mix that another answer could not take part in would not be comparable with its own.
@@ -50,17 +62,19 @@ def answer(
         ends = [(out, rows) for out, rows in zip(outputs, judged, strict=True) if out.requires_grad]
         shown = [out.detach().masked_fill(~rows, math.nan) for out, rows in zip(outputs, judged, strict=True)]
         if not ends or not wanted:
-            return Answer(shown, {})
+            return Answer(shown, {}, drew)
         mixed = torch.stack([(out * _mix(out).masked_fill(~rows, 0.0)).sum() for out, rows in ends]).sum()
         gradients = torch.autograd.grad(mixed, list(wanted.values()), allow_unused=True)
-    return Answer(shown, dict(zip(wanted, gradients, strict=True)))
+    return Answer(shown, dict(zip(wanted, gradients, strict=True)), drew)
 
 
-def _rows_that_see(mask: Any) -> Tensor | None:
-    """The queries (batch, length) that see anything, by a model's attention_mask; None if it does not say.
+def _random_state(module: nn.Module) -> list[Tensor]:
+    cards = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cards)]
 
-    What comes out for the others is nobody's to say: 0, the mean of all values or NaN, by the kernel that ran.
-    """
+
+def rows_that_see(mask: Any) -> Tensor | None:
+    """The queries (batch, length) that see anything, by an attention_mask of transformers; None if it does not say."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     if mask.dim() == 2:
@@ -101,7 +115,7 @@ def _mapped(value: Any, dtype: torch.dtype | None, inputs: list[Tensor]) -> Any:
             return value
         made = value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
         inputs.append(made)
-        return made
+        return made.clone()  # which a module may write to
     if isinstance(value, dict):
         return {key: _mapped(each, dtype, inputs) for key, each in value.items()}
     if type(value) in (tuple, list):

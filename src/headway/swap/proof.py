@@ -25,9 +25,9 @@ from headway.choice.here import here
 from headway.errors import HeadwayError
 from headway.limits.machine import Machine
 from headway.sites import transformers
-from headway.sites.seen import see
+from headway.sites.seen import Inputs, see
 from headway.sites.site import Ticket, site_of
-from headway.swap.answer import SEED, Answer, Inputs, answer
+from headway.swap.answer import SEED, Answer, answer, rows_that_see
 from headway.swap.deck import Card, Shape, deal
 from headway.swap.judge import Errors, errors_of, with_usual
 from headway.swap.still import still
@@ -54,6 +54,9 @@ class Proof:
         if self.wrong:
             return self.wrong
         failed = [errors for errors in self.errors if not errors.passed]
+        forward = [errors for errors in self.errors if errors.what == "forward"]
+        if forward and not any(errors.judged for errors in forward):
+            return "nothing of its answer to this example could be judged: it is NaN, or of rows that see nothing"
         return "" if not failed else str(max(failed, key=lambda errors: errors.worst_now))
 
 
@@ -127,7 +130,7 @@ def prove(
     put_back: Callable[[Ticket], None],
 ) -> Certificate:
     """Prove each swapped site on its own inputs of one run, put back those that fail, and prove the whole model."""
-    with still(model):
+    with torch.inference_mode(False), still(model):
         calls = see(copied(model, restore), run, keep={"", *(ticket.name for ticket in tickets)}).calls
         modules = dict(model.named_modules(remove_duplicate=False))
         proofs = [_prove(ticket, modules[ticket.name], calls[ticket.name], restore) for ticket in tickets]
@@ -166,6 +169,8 @@ def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) 
     name = ticket.name
     # Eager attention of transformers also returns weights that nobody asked for.
     run = partial(answer, inputs=inputs, at_most=1 if ticket.kind == transformers.KIND else None)
+    if any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__):
+        run = partial(run, seeing=rows_that_see(inputs.kwargs.get("attention_mask")))
     before = run(copied(module, restore))
     judge, truth = _truth(copied(module, restore), run, before)
     if _dtype(module) == torch.float64 and truth is not before:
@@ -207,6 +212,8 @@ CANNOT = (RuntimeError, TypeError, ValueError, AssertionError)
 
 def _truth(module: nn.Module, run: Run, before: Answer) -> tuple[str, Answer]:
     """What float64 says. A model that casts inside its forward cannot run in it: then what it said before must do."""
+    if before.drew:
+        return "the model as it was (it draws random numbers, which float64 would draw others)", before
     try:
         return "float64", run(module.double(), dtype=torch.float64, among=before)
     except CANNOT as error:

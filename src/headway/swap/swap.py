@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from headway.errors import SwapError
 from headway.sites import multihead, torch_calls, transformers
-from headway.sites.seen import Seen, see
+from headway.sites.seen import Seen, pinned, see
 from headway.sites.site import Found, Site, Ticket, site_of
 from headway.swap.census import Census
 from headway.swap.proof import Certificate, prove
@@ -150,11 +152,12 @@ def runner(example: Example | None) -> Callable[[nn.Module], Any] | None:
     """A function that runs a model with the example."""
     if example is None or (callable(example) and not isinstance(example, nn.Module)):
         return example
+    # Copies, as a model may write to its inputs.
     if isinstance(example, Mapping):
-        return lambda model: model(**example)
+        return lambda model: model(**pinned(dict(example)))
     if isinstance(example, tuple | list):
-        return lambda model: model(*example)
-    return lambda model: model(example)
+        return lambda model: model(*pinned(list(example)))
+    return lambda model: model(pinned(example))
 
 
 def _plan(
@@ -167,8 +170,9 @@ def _plan(
     """The census as it will be, from the model as it is."""
     seen = None
     if run is not None:
-        with still(model), multihead.meant(model):
-            seen = see(model, run)
+        looked_at = copy.deepcopy(model)  # a run may change more than it can be asked to put back
+        with torch.inference_mode(False), still(looked_at), multihead.meant(looked_at):
+            seen = see(looked_at, run)
     found = list(_found(model, seen))
     chosen = {site.name for site in found} if only is None else matching(only, found, "only")
     skipped = set() if skip is None else matching(skip, found, "skip")
@@ -198,8 +202,14 @@ def _by_hand(found: list[Found], seen: Seen | None) -> Iterator[Ticket]:
     names = {name for site in found for name in (site.name, *site.aliases)}
     for (name, at), size in ({} if seen is None else seen.by_hand).items():
         if name not in names:
-            saves = f"a call of headway.attention there would not write {size / 2**20:.3g} MiB of weights"
+            saves = f"a call of headway.attention there would not write {_in_bytes(size)} of weights"
             yield Ticket(name, "softmax(q kᵀ) v", because=f"it is written by hand at {at}; {saves}")
+
+
+def _in_bytes(size: int) -> str:
+    return next(
+        f"{size / 2**n:.3g} {unit}" for n, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "B")) if size >> n
+    )
 
 
 def _notes(seen: Seen | None) -> tuple[str, ...]:
