@@ -17,7 +17,7 @@ from torch import Tensor
 import headway
 from headway import Causal, Mask, Padding
 
-SIZE = 64
+SIZE = 128
 MASKS: dict[str, Callable[[], Mask | None]] = {
     "none": lambda: None,
     "causal": Causal,

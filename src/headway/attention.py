@@ -83,18 +83,24 @@ def attention(
         require = tuple(require)  # read once: it may be a generator
     if torch._C._is_any_autocast_enabled() and _casts(q):
         return _autocast(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-    if is_compiling() or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN) or _transformed():
+    if (
+        is_compiling()
+        or not (type(q) is type(k) is type(v) is Tensor or _plain(q, k, v))
+        or maybe_current_level() is not None  # _transformed(), without a microsecond's tenth for the call
+        or forward_ad._current_level >= 0
+    ):
         return _traced(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
     # Everything a plan depends on. What tensors hold is never a part of it, so nothing waits for a device.
+    plain_options = scale is None and dropout == 0 and softcap is None and sinks is None
     key = (
-        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        q.shape, k.shape, v.shape,
+        q.dtype, q.dtype is k.dtype is v.dtype or (k.dtype, v.dtype),
+        q.device, k.get_device(), v.get_device(),
         (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or (q.stride(), k.stride(), v.stride()),
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        mask if mask is None else _mask_key(mask, q, k),
-        scale is None or (0 < scale < math.inf, -math.inf < scale < math.inf), dropout == 0, 0 <= dropout < 1,
-        softcap is None or 0 < softcap < math.inf, softcap is None,
-        None if sinks is None else (sinks.shape, sinks.device, torch.is_grad_enabled() and sinks.requires_grad),
+        (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
+        None if mask is None else _mask_key(mask, q, k),
+        plain_options or _options_key(scale, dropout, softcap, sinks),
         _ENVIRON.get(_IN_ENVIRON) if backend == "auto" else backend, require, return_lse,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -419,6 +425,15 @@ def _frame(q: Tensor, k: Tensor) -> Frame:
     return Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
 
 
+def _options_key(scale: float | None, dropout: float, softcap: float | None, sinks: Tensor | None) -> Any:
+    """What a plan depends on of the options: which there are, and whether they can be; not their numbers."""
+    return (
+        scale is None or (0 < scale < math.inf, -math.inf < scale < math.inf), dropout == 0, 0 <= dropout < 1,
+        softcap is None or 0 < softcap < math.inf, softcap is None,
+        None if sinks is None else (sinks.shape, sinks.device, torch.is_grad_enabled() and sinks.requires_grad),
+    )  # fmt: skip
+
+
 def _mask_key(mask: Mask, q: Tensor, k: Tensor) -> Mask | Facts:
     """A mask that is a plain value stands for itself; of one that holds tensors a plan depends on its facts."""
     if not isinstance(mask, Mask):
@@ -459,6 +474,10 @@ def _is_aligned(x: Tensor) -> bool:
         return True
     size = x.element_size()
     return x.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in x.stride()[:-1])
+
+
+def _plain(*tensors: Tensor) -> bool:
+    return all(type(x) in _PLAIN for x in tensors)
 
 
 def _transformed() -> bool:

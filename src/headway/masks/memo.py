@@ -76,6 +76,6 @@ class Remembers:
             # Nothing waits for a copy to an accelerator; one from there must have come before it is read.
             return (tensor.to(device, non_blocking=device.type != "cpu"),)
 
-        if tensor.device.type == device.type or tensor.requires_grad or tensor.is_inference():
+        if tensor.device.type == device.type or is_traced() or tensor.requires_grad or tensor.is_inference():
             return copy()[0]
         return self.once(("moved", id(tensor), tensor._version), device, copy)[0]
