@@ -204,18 +204,7 @@ def host_rows(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     }
     for grad in (False, True):
         q.requires_grad_(grad)
-        best = dict.fromkeys(ways, float("inf"))
-        for _ in range(7):
-            for name, call in ways.items():
-                for _ in range(50):
-                    call()
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(300):
-                    call()
-                best[name] = min(best[name], (time.perf_counter() - start) / 300 * 1e6)
-                torch.cuda.synchronize()
-        for name, us in best.items():
+        for name, us in _host_times(ways).items():
             yield {"group": "host", "backend": name, "grad": grad, "host_us": round(us, 2), **common}
     # Calls in a row in one graph: what is left per call is what attention itself adds, without the graph's guards.
     in_a_row = 16
@@ -233,19 +222,24 @@ def host_rows(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "auto compiled": chain(lambda q: headway.attention(q, q, q, causal)),
     }
     q.requires_grad_(False)
-    best = dict.fromkeys(compiled, float("inf"))
-    for _ in range(7):
-        for name, fn in compiled.items():
-            for _ in range(50):
-                fn(q)
+    for name, us in _host_times({name: partial(fn, q) for name, fn in compiled.items()}).items():
+        yield {"group": "host", "backend": name, "grad": False, "host_us": round(us / in_a_row, 2), **common}
+
+
+def _host_times(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """The least microseconds of host time a call: many short turns, as a host is seldom quiet for long."""
+    best = dict.fromkeys(ways, float("inf"))
+    for turn in range(60):
+        for name, call in ways.items():
+            for _ in range(50 if turn == 0 else 5):
+                call()
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(300):
-                fn(q)
-            best[name] = min(best[name], (time.perf_counter() - start) / 300 / in_a_row * 1e6)
+            for _ in range(100):
+                call()
+            best[name] = min(best[name], (time.perf_counter() - start) / 100 * 1e6)
             torch.cuda.synchronize()
-    for name, us in best.items():
-        yield {"group": "host", "backend": name, "grad": False, "host_us": round(us, 2), **common}
+    return best
 
 
 def block_rows(common: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,7 @@ def attention(
     key = (
         q.shape, k.shape, v.shape,
         q.dtype, q.dtype is k.dtype is v.dtype or (k.dtype, v.dtype),
-        q.device, k.get_device(), v.get_device(),
+        q.device, k.device, v.device,
         (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or (q.stride(), k.stride(), v.stride()),
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),

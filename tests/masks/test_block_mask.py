@@ -174,7 +174,7 @@ LARGE = {
     "prefixes": (Prefix(torch.tensor([100])), 7),
     "causal | prefix": (Causal() | Prefix(100), 9),
 }
-FIRST_TIME = 10
+FIRST_TIME = 13
 """More, for what depends on the lengths alone and is kept."""
 
 

@@ -82,9 +82,9 @@ def tiles_of(frame: Frame, size: int) -> Tiles:
 def _corners(length: int, size: int, device: torch.device) -> Tensor:
     """Those of one axis."""
     first = torch.arange(0, length, size, device=device, dtype=torch.int32)
-    # 0, 1, 1, 0 by arithmetic: inductor cannot bound the index of what is stacked from one tile (torch 2.11).
-    is_last = torch.arange(1, 5, device=device, dtype=torch.int32).div(2, rounding_mode="floor").remainder(2)
-    return (first + is_last[:, None] * (size - 1)).clamp_max(length - 1)
+    # 0, 2, 2, 0 and not a stack: inductor cannot bound the index of what is stacked from one tile (torch 2.11).
+    twice = torch.arange(1, 5, device=device, dtype=torch.int32).bitwise_and_(2)
+    return (first + (twice * (size - 1)).div_(2, rounding_mode="floor")[:, None]).clamp_max_(length - 1)
 
 
 def per_tile(values: Tensor, size: int) -> Tensor:
