@@ -181,7 +181,7 @@ ACCEPTS: dict[str, dict[str, Accepts]] = {
         ),
         "sdpa-cudnn": Accepts(
             HALF,
-            learns=(ANY_MASK - HALF_TILES) | SIZES | OTHER_VALUES | ALL_DROPOUT | GRAPH | NO_SYNC,
+            learns=(ANY_MASK - HALF_TILES) | SIZES | OTHER_VALUES | GRAPH | NO_SYNC,
             infers=HALF_TILES | LEARNT | SINKS_AND_LSE_DENSE | SINKS_LEARNT | DETERMINISTIC,
         ),
         "flex": Accepts(FLOATS, learns=FLEX),

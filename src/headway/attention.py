@@ -195,7 +195,6 @@ class Plan:
             q, k, v = (x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         extras = self.extras
         if scale is not None or dropout or softcap is not None or sinks is not None:
-            scale = extras.scale if scale is None else scale
             extras = dataclasses.replace(extras, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
         lowered = self._lowered if self.plain else self._lower(mask, q.dtype)
         out, lse = self.kernel.attend(q, k, v, lowered, extras)
@@ -258,7 +257,6 @@ def _plan(
     machine = here(q.device)
     chosen = _decide(request, machine, asked_backend(backend)).backend()
     extras = Extras(
-        scale=1 / math.sqrt(max(request.head_dim, 1)),
         lse=return_lse,
         needs_grad=request.needs_grad,
         deterministic="deterministic" in request.require or machine.deterministic,
@@ -547,7 +545,7 @@ def _traced(
         raise NoBackendError(entry)  # raised here, where a tracer sees an error of the call and not one of its own
     kernel = _KERNELS[entry]
     extras = Extras(
-        1 / math.sqrt(head_dim) if scale is None else scale, dropout, softcap, sinks, return_lse, needs_grad,
+        scale, dropout, softcap, sinks, return_lse, needs_grad,
         "deterministic" in require or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

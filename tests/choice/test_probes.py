@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_finds_a_nan_in_a_gradient(kernel: Kernel) -> None:
     found = PROBES["cudnn-backward-half-tile"]("cpu")
     assert found is not None
     assert found.startswith("sdpa-cudnn errs by nan in the dq of Call(heads=2, kv_heads=None, q_len=192, kv_len=192")
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "found"),
+    [(float, 1, None), (lambda p: round(16 * p) / 16, 1, "drops a share of 0."), (float, 4, "rows in ")],
+    ids=["right", "rounded to sixteenths", "four rows alike"],
+)
+def test_finds_what_is_wrong_with_dropout(share: Callable[[float], float], rows: int, found: str | None) -> None:
+    class Drops(Kernel):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, extras: Any) -> Any:
+            extras = dataclasses.replace(extras, dropout=share(extras.dropout))
+            out, lse = super().attend(q[:, :, ::rows], k, v, mask, extras)
+            return out.repeat_interleave(rows, dim=2), lse
+
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(probes, "load", lambda backend, device: Drops())
+        answer = probes.cudnn_dropout("cpu", [0.1, 0.3])
+    assert (answer is None) if found is None else answer is not None and found in answer, answer
 
 
 @pytest.mark.parametrize("broken, what", [({"forward": 0.05}, "result"), ({"backward": 0.05}, "dq")])

@@ -81,7 +81,7 @@ def _flex(
     v: Tensor,
     score: Score | None,
     blocks: BlockMask | None,
-    scale: float,
+    scale: float | None,
     gqa: bool,
     lse: bool,
     options: dict[str, int] | None,

@@ -16,7 +16,8 @@ from headway.masks.frame import Frame
 class Extras:
     """What a call asks for beside q, k, v and the mask."""
 
-    scale: float
+    scale: float | None = None
+    """None is 1 / sqrt(head_dim), the default of every kernel: to a compiled call each argument costs time."""
     dropout: float = 0.0
     softcap: float | None = None
     sinks: Tensor | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def weigh(
     # Scores and weights in float32 at least, as in every kernel.
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k = q.to(wide), repeat_kv(q, k, k)[0].to(wide)
-    scores = (q * extras.scale) @ k.transpose(-1, -2)
+    scale = 1 / math.sqrt(q.shape[-1]) if extras.scale is None else extras.scale
+    scores = (q * scale) @ k.transpose(-1, -2)
     if extras.softcap is not None:
         scores = extras.softcap * torch.tanh(scores / extras.softcap)
     if bias is not None:

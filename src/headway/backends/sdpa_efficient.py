@@ -45,7 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> At
 
 
 def _efficient(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, dropout: float, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, dropout: float, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     answer = torch._scaled_dot_product_efficient_attention(q, k, v, bias, lse, dropout, causal, scale=scale)
     return answer[0], answer[1]

@@ -52,13 +52,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> At
     return gate_sinks(out, lse, extras.sinks)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     answer = torch._scaled_dot_product_flash_attention(q, k, v, dropout, causal, False, scale=scale)
     return answer[0], answer[1]
 
 
 def _banded(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, left: int | None, right: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, left: int | None, right: int | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     # The operator below the public one: it knows windows, and aligns them lower-right.
     answer = torch.ops.aten._flash_attention_forward.default(

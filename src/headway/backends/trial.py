@@ -48,7 +48,7 @@ def _run(kernel: Kernel, made: Tensor, mask: Mask, learns: bool) -> tuple[Tensor
     """The answer, and the gradients of q, k and v if the backend has them."""
     q, k, v = (x.clone().requires_grad_(learns) for x in made[:3])
     frame = Frame(LENGTH, LENGTH, 1, 2, q.device)
-    extras = Extras(scale=0.125, needs_grad=learns)
+    extras = Extras(needs_grad=learns)
     out = kernel.attend(q, k, v, kernel.lower(mask, frame, q.dtype), extras)[0]
     return (out, *torch.autograd.grad(out, (q, k, v), made[3])) if learns else (out,)
 

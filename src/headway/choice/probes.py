@@ -114,7 +114,7 @@ def load(backend: str, device: str) -> Kernel:
 def run(kernel: Kernel, call: Call, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     *inputs, toward = (x.to(dtype) for x in call.tensors(device))
     q, k, v = (x.detach().requires_grad_(call.learns) for x in inputs)
-    extras = Extras(scale=call.head_dim**-0.5, needs_grad=call.learns)
+    extras = Extras(needs_grad=call.learns)
     lowered = kernel.lower(call.made_mask(device), call.frame(device), dtype)
     out = kernel.attend(q, k, v, lowered, extras)[0]
     return (out.detach(), *torch.autograd.grad(out, (q, k, v), toward)) if call.learns else (out,)
@@ -155,6 +155,27 @@ def cudnn_ragged_lengths(device: str) -> str | None:
     return wrong("sdpa-cudnn", device, calls)
 
 
+@probe("cudnn-dropout")
+def cudnn_dropout(device: str, shares: Iterable[float] = (0.03, 0.1, 0.3)) -> str | None:
+    """With equal scores and the identity as values the result is the weights, and a 0 is one dropped."""
+    size, heads, spreads = 64, 64, 5.0
+    kernel, frame = load("sdpa-cudnn", device), Frame(size, size, 1, heads, torch.device(device))
+    scores = torch.zeros(1, heads, size, size, device=device, dtype=torch.bfloat16)
+    identity = torch.eye(size, device=device, dtype=torch.bfloat16).expand_as(scores).contiguous()
+    for share in shares:
+        weights, _ = kernel.attend(
+            scores, scores, identity, kernel.lower(None, frame, scores.dtype), Extras(dropout=share)
+        )
+        dropped = (weights == 0).reshape(-1, size)
+        found = dropped.double().mean().item()
+        if abs(found - share) > spreads * math.sqrt(share * (1 - share) / dropped.numel()):
+            return f"sdpa-cudnn drops a share of {found:.4f} for {share}"
+    distinct = torch.unique(dropped, dim=0).shape[0]
+    if distinct < 0.99 * dropped.shape[0]:
+        return f"sdpa-cudnn drops in {dropped.shape[0]} rows in {distinct} ways"
+    return None
+
+
 @probe("cudnn-few-kv-heads")
 def cudnn_few_kv_heads(device: str) -> str | None:
     heads = ((28, 4), (12, 2), (8, 1), (4, 4))
@@ -176,7 +197,7 @@ def efficient_long_mask(device: str, length: int = 66_000) -> str | None:
     out = run(load("sdpa-efficient", device), call, device, torch.bfloat16)[0]
     tail = dataclasses.replace(call, q_len=64)
     q, k, v, _ = (x.double() for x in call.tensors(device))
-    extras = Extras(scale=call.head_dim**-0.5)
+    extras = Extras()
     lowered = reference.lower(tail.made_mask(device), tail.frame(device), torch.float64)
     right = reference.attend(q[:, :, -64:], k, v, lowered, extras)[0]
     error = _error(out[:, :, -64:], right)
@@ -192,7 +213,7 @@ def flash_long_gradient(device: str, batch: int = 400, q_len: int = 10_496) -> s
     *inputs, toward = (x[-1:].double() for x in call.tensors(device))
     q, k, v = (x.detach().requires_grad_() for x in inputs)
     lowered = reference.lower(None, last.frame(device), torch.float64)
-    out = reference.attend(q, k, v, lowered, Extras(scale=call.head_dim**-0.5, needs_grad=True))[0]
+    out = reference.attend(q, k, v, lowered, Extras(needs_grad=True))[0]
     right = (out.detach(), *torch.autograd.grad(out, (q, k, v), toward))
     for what, one, other in zip(("result", "dq", "dk", "dv"), got, right, strict=True):
         error = _error(one[-1:], other) / other.abs().max().item()
@@ -224,7 +245,7 @@ def mps_large_scores(device: str, batch: int = 65_552) -> str | None:
     """A batch whose scores are more than 2**32; its last entry is judged, by the CPU."""
     call = Call(batch=batch, heads=1, q_len=256, kv_len=256, learns=False)
     q, k, v, _ = call.tensors(device)
-    extras = Extras(scale=call.head_dim**-0.5)
+    extras = Extras()
     q, k, v = (x[-1:].cpu().double() for x in (q, k, v))
     right = reference.attend(q, k, v, (None, None), extras)[0]
     for backend in ("sdpa-math", "reference"):

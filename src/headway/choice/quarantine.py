@@ -104,6 +104,10 @@ def _one_query(request: Request) -> bool:
     return request.needs_grad and request.q_len == 1
 
 
+def _dropout(request: Request) -> bool:
+    return request.dropout
+
+
 def _any(request: Request) -> bool:
     return True
 
@@ -179,6 +183,14 @@ QUARANTINE: tuple[Quarantined, ...] = (
         # Every call: a request's class does not tell 127 from 128.
         _any,
         versions=(Versions("cudnn", below="9.15.1"),),
+    ),
+    Quarantined(
+        "cudnn-dropout",
+        ("sdpa-cudnn",),
+        # The thread tells of the rounding; that rows share their draws, 4 by 4, was seen on an H200 with cuDNN 9.19.
+        f"{PYTORCH}/pull/174245",
+        "a share of dropout rounded to sixteenths, and draws that repeat in other rows",
+        _dropout,
     ),
     Quarantined(
         "cudnn-few-kv-heads",

@@ -180,7 +180,7 @@ def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: f
         weights = q @ k.transpose(-1, -2)
         return weights @ v, weights
     frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
-    extras = Extras(scale=q.shape[-1] ** -0.5, dropout=dropout)
+    extras = Extras(dropout=dropout)
     weights, _ = reference.weigh(q, k, reference.lower(mask, frame, q.dtype), extras)
     return (weights @ v.to(weights.dtype)).to(v.dtype), weights.to(q.dtype)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import math
 import re
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -227,7 +226,7 @@ def _in_full(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention in full, for callers that want its weights; as eager attention has them, those that dropout left."""
     frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
-    extras = Extras(1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, sinks)
+    extras = Extras(scale, dropout, softcap, sinks)
     weights, _ = reference.weigh(q, k, reference.lower(mask, frame, q.dtype), extras)
     _, v = repeat_kv(q, k, v)
     site = site_of(module)
