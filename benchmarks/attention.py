@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -206,27 +206,35 @@ def host_rows(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
         q.requires_grad_(grad)
         for name, us in _host_times(ways).items():
             yield {"group": "host", "backend": name, "grad": grad, "host_us": round(us, 2), **common}
-    # Calls in a row in one graph: what is left per call is what attention itself adds, without the graph's guards.
-    in_a_row = 16
+    # Programs of few and of many calls in a row: the difference is what a call takes, the rest what a program takes once.
+    few, many = 8, 40
 
-    def chain(attend: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def chain(attend: Callable[[Any], Any], calls: int) -> Callable[[Any], Any]:
         def run(q: Any) -> Any:
-            for _ in range(in_a_row):
+            for _ in range(calls):
                 q = attend(q)
             return q
 
         return torch.compile(run, fullgraph=True)
 
-    compiled = {
-        "torch compiled": chain(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True)),
-        "auto compiled": chain(lambda q: headway.attention(q, q, q, causal)),
-    }
     q.requires_grad_(False)
-    for name, us in _host_times({name: partial(fn, q) for name, fn in compiled.items()}).items():
-        yield {"group": "host", "backend": name, "grad": False, "host_us": round(us / in_a_row, 2), **common}
+    attends: dict[str, Callable[[Any], Any]] = {
+        "torch": lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
+        "auto": lambda q: headway.attention(q, q, q, causal),
+    }
+    times = _host_times(
+        {(name, n): partial(chain(attend, n), q) for name, attend in attends.items() for n in (few, many)}
+    )
+    for name in attends:
+        a_call = (times[name, many] - times[name, few]) / (many - few)
+        for what, us in (("compiled call", a_call), ("compiled program, once", times[name, few] - few * a_call)):
+            yield {"group": "host", "backend": f"{name} {what}", "grad": False, "host_us": round(us, 2), **common}
 
 
-def _host_times(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+Name = TypeVar("Name")
+
+
+def _host_times(ways: dict[Name, Callable[[], Any]]) -> dict[Name, float]:
     """The least microseconds of host time a call: many short turns, as a host is seldom quiet for long."""
     best = dict.fromkeys(ways, float("inf"))
     for turn in range(60):

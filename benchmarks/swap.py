@@ -33,7 +33,8 @@ def dinov2(attention: str) -> tuple[nn.Module, Any, Any, Loss]:
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14
     )
     config._attn_implementation = attention
-    model = transformers.Dinov2Model(config).to("cuda", torch.bfloat16)
+    model: nn.Module = transformers.Dinov2Model(config)
+    model.to("cuda", torch.bfloat16)
 
     def images(count: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(count, 3, 518, 518, device="cuda", dtype=torch.bfloat16)}

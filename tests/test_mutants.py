@@ -75,7 +75,7 @@ def one_off(out: Tensor, lse: Tensor | None) -> Attended:
 
 
 MUTANTS: dict[str, tuple[str, Callable[[Attend], Attend]]] = {
-    "scale 1% off": ("scale", with_extras(scale=lambda e: e.scale * 1.01)),
+    "scale 1% off": ("scale", with_extras(scale=lambda e: (e.scale or 64**-0.5) * 1.01)),
     "scale ignored": ("scale", with_extras(scale=lambda e: 0.125)),
     "one NaN": ("mask causal", with_answer(one_nan)),
     "one element off": ("mask causal", with_answer(one_off)),
