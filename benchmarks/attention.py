@@ -206,7 +206,7 @@ def host_rows(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
         q.requires_grad_(grad)
         for name, us in _host_times(ways).items():
             yield {"group": "host", "backend": name, "grad": grad, "host_us": round(us, 2), **common}
-    # Programs of few and of many calls in a row: the difference is what a call takes, the rest what a program takes once.
+    # Programs of few and of many calls: their difference is what calls take, the rest what a program takes once.
     few, many = 8, 40
 
     def chain(attend: Callable[[Any], Any], calls: int) -> Callable[[Any], Any]:

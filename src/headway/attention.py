@@ -109,6 +109,9 @@ def attention(
         plan = _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
         _PLANS[key] = plan
     try:
+        if plain_options and plan.is_bare:  # as `run` does it, without what a call more would cost
+            out, lse = plan.kernel.attend(q, k, v, plan.lowered, plan.extras)
+            return (out, lse) if return_lse else out
         return plan.run(q, k, v, mask, scale, dropout, softcap, sinks)
     except RecompileBudgetError as error:
         if asked_backend(backend) != "auto":
@@ -165,18 +168,29 @@ class Facts:
 class Plan:
     """How one kind of call is run: the kernel, and the mask as it takes it if the mask is a plain value."""
 
-    __slots__ = ("_lowered", "backend", "copies", "empty", "extras", "frame", "kernel", "plain", "return_lse")
+    __slots__ = ("backend", "copies", "empty", "extras", "frame", "is_bare", "kernel", "lowered", "plain", "return_lse")
 
-    def __init__(self, backend: Backend, frame: Frame, extras: Extras, mask: Mask | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        frame: Frame,
+        extras: Extras,
+        mask: Mask | None,
+        dtype: torch.dtype,
+        *,
+        empty: bool,
+        copies: bool,
+    ) -> None:
         self.backend, self.frame, self.extras = backend, frame, extras
         self.kernel: Kernel = backend.load()
-        self.empty = self.copies = False
+        self.empty, self.copies = empty, copies
         self.return_lse = extras.lse
         self.plain = mask is None or mask.is_value
-        self._lowered = None
-        if self.plain and frame.q_len and frame.kv_len:
+        self.lowered = None
+        if self.plain and not empty:
             with torch.inference_mode(False):  # a plan made for inference serves training too
-                self._lowered = self.kernel.lower(mask, frame, dtype)
+                self.lowered = self.kernel.lower(mask, frame, dtype)
+        self.is_bare = self.plain and not empty and not copies
 
     def run(
         self,
@@ -196,7 +210,7 @@ class Plan:
         extras = self.extras
         if scale is not None or dropout or softcap is not None or sinks is not None:
             extras = dataclasses.replace(extras, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
-        lowered = self._lowered if self.plain else self._lower(mask, q.dtype)
+        lowered = self.lowered if self.plain else self._lower(mask, q.dtype)
         out, lse = self.kernel.attend(q, k, v, lowered, extras)
         return (out, lse) if self.return_lse else out
 
@@ -226,7 +240,7 @@ class _Plans(dict[Any, Plan]):
         self.bytes = 0
 
     def __setitem__(self, key: Any, plan: Plan) -> None:
-        size = _bytes_of(plan._lowered)
+        size = _bytes_of(plan.lowered)
         if len(self) >= self.most or self.bytes + size > self.most_bytes:
             self.clear()
         self.bytes += size
@@ -261,10 +275,8 @@ def _plan(
         needs_grad=request.needs_grad,
         deterministic="deterministic" in request.require or machine.deterministic,
     )
-    plan = Plan(chosen, _frame(q, k), extras, mask, q.dtype)
-    plan.empty = 0 in (*q.shape, *k.shape, *v.shape)
-    plan.copies = not request.aligned
-    return plan
+    empty = 0 in (*q.shape, *k.shape, *v.shape)
+    return Plan(chosen, _frame(q, k), extras, mask, q.dtype, empty=empty, copies=not request.aligned)
 
 
 _choose = functools.lru_cache(maxsize=4096)(choose)

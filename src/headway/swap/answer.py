@@ -91,9 +91,11 @@ def _over_rows(out: Tensor, seeing: Tensor | None) -> Tensor:
 
 
 def _mix(out: Tensor) -> Tensor:
-    """The same numbers whatever dtype and device the answer has; 0 where it is no number."""
-    made = torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
-    return made.to(torch.float32).to(out.device, out.dtype) * out.detach().isfinite()
+    """The same numbers whatever dtype the answer has; 0 where it is no number."""
+    # Drawn where it is used: on the host the logits of a large vocabulary took most of a proof's time.
+    kind = "cpu" if out.device.type == "mps" else out.device
+    made = torch.randn(out.shape, generator=torch.Generator(kind).manual_seed(SEED), device=kind)
+    return made.to(out.device, out.dtype) * out.detach().isfinite()
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
