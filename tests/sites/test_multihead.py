@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from headway.errors import HeadwayError
+from headway.sites.multihead import meant
 from headway.sites.site import site_of
 from headway.swap import swap, undo
 
@@ -756,3 +757,14 @@ def test_a_copy_made_of_the_swapped_one_answers_the_same() -> None:
     assert torch.allclose(other(x, x, x)[0], ours(x, x, x)[0])
     undo(ours)
     assert torch.allclose(other(x, x, x)[0], ours(x, x, x)[0])
+
+
+def test_as_meant_runs_alone_without_gradients_too() -> None:
+    """PyTorch's own shortcut inside nn.MultiheadAttention was given a projection without a bias, and raised."""
+    module = nn.MultiheadAttention(SIZE, HEADS, batch_first=True).double().eval()
+    x = rand(BATCH, QUERIES, SIZE)
+    with torch.no_grad():
+        expected = module(x, x, x, need_weights=False)[0]
+        module.out_proj = nn.Sequential(module.out_proj)  # type: ignore[assignment]
+        with meant(module):
+            torch.testing.assert_close(module(x, x, x, need_weights=False)[0], expected)

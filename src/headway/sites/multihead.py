@@ -15,12 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from headway.backends import reference
-from headway.backends.kernel import Extras
 from headway.errors import RequestError
-from headway.masks import Causal, Frame, Mask, from_attn_mask, from_key_padding_mask
+from headway.masks import Causal, Mask, from_attn_mask, from_key_padding_mask
 from headway.masks.base import shape_of
 from headway.sites.roles import rejoin, set_role, take_role
 from headway.sites.seen import Seen
@@ -70,9 +67,7 @@ class Multihead(nn.MultiheadAttention):
         site: Site = self.__dict__[HELD]
         weights = None
         if need_weights:
-            out, weights = _with_weights(q, k, v, mask, dropout)
-            if not is_compiling():
-                site.ticket.in_full += 1
+            out, weights = site.in_full(q, k, v, mask, dropout=dropout)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         else:
@@ -174,17 +169,6 @@ def _check_shape(what: str, mask: Tensor, *takes: tuple[int, ...]) -> None:
         raise RequestError(f"got {what} {shape_of(mask)}, takes {' or '.join(map(str, map(list, takes)))}")
 
 
-def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> tuple[Tensor, Tensor]:
-    """Attention in full, for callers that want its weights; as in PyTorch, those that dropout left."""
-    if not k.shape[2]:
-        weights = q @ k.transpose(-1, -2)
-        return weights @ v, weights
-    frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
-    extras = Extras(dropout=dropout)
-    weights, _ = reference.weigh(q, k, reference.lower(mask, frame, q.dtype), extras)
-    return (weights @ v.to(weights.dtype)).to(v.dtype), weights.to(q.dtype)
-
-
 def find(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
     """Every nn.MultiheadAttention of a model, once, with all its paths."""
     del seen  # a class says enough
@@ -217,7 +201,7 @@ def _why_not(module: nn.MultiheadAttention) -> str:
 def notes(model: nn.Module) -> Iterator[str]:
     """What a swap changes that is no speed."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and not _why_not(module) and not _is_plain(module.out_proj):
+        if isinstance(module, nn.MultiheadAttention) and not _why_not(module) and not is_plain(module.out_proj):
             yield (
                 f"{name or 'the model'}: PyTorch reads the weight of out_proj, a {type(module.out_proj).__name__}, and"
                 " never calls it; swapped it is called, and the proof compares with PyTorch's forward calling it"
@@ -227,6 +211,7 @@ def notes(model: nn.Module) -> Iterator[str]:
 def apply(model: nn.Module, sites: Mapping[str, Site]) -> None:
     """Give each named module its site and its new class, or none of them."""
     set_role(model, sites, Multihead)
+    take_role(model, Encoder)
     set_role(model, dict.fromkeys(_encoders(model)), Encoder)
 
 
@@ -279,9 +264,10 @@ class AsMeant(nn.MultiheadAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         project = self.out_proj
-        unity = nn.Linear(self.embed_dim, self.embed_dim, bias=False, device="meta")
+        unity = nn.Linear(self.embed_dim, self.embed_dim, device="meta")
         like = args[0] if args else kwargs["query"]
         unity.weight = nn.Parameter(torch.eye(self.embed_dim, dtype=like.dtype, device=like.device), False)
+        unity.bias = nn.Parameter(like.new_zeros(self.embed_dim), False)  # the module's own fast path wants one
         self.__dict__["_inside"] = True
         self._modules["out_proj"] = unity
         try:
@@ -313,17 +299,17 @@ def _wrapped(model: nn.Module) -> list[str]:
     """The modules whose out_proj, or whose layer's linear1 or linear2, is more than a weight and a bias."""
     names = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and not _why_not(module) and not _is_plain(module.out_proj):
+        if isinstance(module, nn.MultiheadAttention) and not _why_not(module) and not is_plain(module.out_proj):
             names.append(name)
         linears = (getattr(module, "linear1", None), getattr(module, "linear2", None))
-        if isinstance(module, nn.TransformerEncoderLayer) and not all(map(_is_plain, linears)):
+        if isinstance(module, nn.TransformerEncoderLayer) and not all(map(is_plain, linears)):
             attention = module.self_attn
             if isinstance(attention, nn.MultiheadAttention) and not _why_not(attention):
                 names.append(f"{name}.self_attn" if name else "self_attn")
     return list(dict.fromkeys(names))
 
 
-def _is_plain(linear: nn.Module | None) -> bool:
+def is_plain(linear: nn.Module | None) -> bool:
     """True if calling it is reading its weight and bias."""
     if not isinstance(linear, nn.Linear):
         return False

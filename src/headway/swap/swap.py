@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.errors import SwapError
-from headway.sites import multihead, torch_calls, transformers
+from headway.sites import multihead, replaced, torch_calls, transformers
 from headway.sites.seen import Seen, pinned, see
 from headway.sites.site import Found, Site, Ticket, site_of
 from headway.swap.census import Census
@@ -22,7 +22,7 @@ from headway.swap.still import still
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
 """What a model is run with: its input, its inputs in order, its inputs by name, or a function that runs it."""
 
-KINDS: tuple[Any, ...] = (multihead, transformers, torch_calls)
+KINDS: tuple[Any, ...] = (multihead, transformers, replaced, torch_calls)
 """Earlier kinds go first: a module that one of them takes is not asked again."""
 
 
@@ -143,7 +143,11 @@ def _put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Site]]) -> None
 
 
 def _as_it_was(model: nn.Module) -> None:
-    """Make a copy what the model was; wrapped projections, which PyTorch would not call or fail on, are called."""
+    """Make a copy what the model was, as it was meant.
+
+    Wrapped projections, which PyTorch would not call or fail on, are called; what took a module's place is that module.
+    """
+    replaced.settle(model)
     undo(model)
     multihead.set_meant(model)
 
@@ -171,6 +175,7 @@ def _plan(
     seen = None
     if run is not None:
         looked_at = copy.deepcopy(model)  # a run may change more than it can be asked to put back
+        replaced.turn_back(looked_at)
         with torch.inference_mode(False), still(looked_at), multihead.meant(looked_at):
             seen = see(looked_at, run)
     found = list(_found(model, seen))
@@ -185,7 +190,11 @@ def _plan(
         if site.name not in chosen or site.name in skipped:
             because = "it is left out by only= or skip="
         tickets.append(Ticket(site.name, site.kind, asked[site.name], because, site.aliases))
-    return Census(type(model).__name__, (*tickets, *_by_hand(found, seen)), (*multihead.notes(model), *_notes(seen)))
+    return Census(
+        type(model).__name__,
+        (*tickets, *_by_hand(found, seen)),
+        (*multihead.notes(model), *replaced.notes(model), *_notes(seen)),
+    )
 
 
 def _found(model: nn.Module, seen: Seen | None) -> Iterator[Found]:

@@ -1,0 +1,281 @@
+"""Modules that another tool put in an nn.MultiheadAttention's place: recognised by what they hold, and turned back.
+
+Such a module keeps the weights under names of its own, and seldom the contract: masks are ignored, cross-attention
+raises, an encoder does not find what it reads. Swapped, the very object is an nn.MultiheadAttention again: of the very
+parameters, under PyTorch's names. That is done only where its own forward, run on a few tokens, agrees that they mean
+what they would mean there. What it kept is held beside, and put back by undo.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headway.sites import multihead
+from headway.sites.seen import Seen
+from headway.sites.site import Found, Site
+
+KIND = "replaced nn.MultiheadAttention"
+
+WAS = "_headway_was"
+"""The attribute of a module turned back that holds what it was: its class and its attributes."""
+
+FUSED = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "qkv_linear")
+SPLIT = (("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"), ("query", "key", "value"), ("wq", "wk", "wv"))
+OUT = ("out_proj", "proj", "to_out", "o_proj", "out", "wo", "output")
+WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+PLACES = ("self_attn", "multihead_attn")
+"""Where PyTorch's transformer layers keep their attention."""
+
+TOKENS = 5
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+class Attention(nn.MultiheadAttention):
+    """nn.MultiheadAttention, that callers of what took its place may also call with the query alone."""
+
+    def forward(
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        key = query if key is None else key
+        return super().forward(query, key, key if value is None else value, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Where a module keeps what an nn.MultiheadAttention needs."""
+
+    options: dict[str, Any]
+    """Arguments of nn.MultiheadAttention."""
+    parameters: dict[str, tuple[str, str]]
+    """By PyTorch's name: the child, and its name there."""
+    out: str
+    """The child that projects the result."""
+
+
+def find(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
+    """Every module in the place of an nn.MultiheadAttention, once, with all its paths."""
+    del seen  # what a module holds says enough, and it may not even run
+    paths: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.MultiheadAttention) and _in_its_place(model, name, module):
+            paths.setdefault(module, []).append(name)
+    for module, (name, *aliases) in paths.items():
+        held = _held(module)
+        yield Found(name, module, KIND, held if isinstance(held, str) else _unlike(module, held), tuple(aliases))
+
+
+def _in_its_place(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a layer of PyTorch calls it as its attention, or it takes that contract's arguments upon itself."""
+    path, _, last = name.rpartition(".")
+    layers = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+    if last in PLACES and isinstance(model.get_submodule(path) if path else model, layers):
+        return True
+    if type(module).__module__.startswith(("torch.", "transformers.")) or not isinstance(_heads(module), int):
+        return False
+    return "key_padding_mask" in inspect.signature(module.forward).parameters
+
+
+def _heads(module: nn.Module) -> Any:
+    return getattr(module, "num_heads", getattr(module, "n_heads", None))
+
+
+# -- what it holds ----------------------------------------------------------------------------------------------------
+
+
+def _held(module: nn.Module) -> Held | str:
+    """Where everything is, or why an nn.MultiheadAttention could not hold it."""
+    name, children = type(module).__name__, dict(module.named_children())
+    fused = next((each for each in FUSED if each in children), None)
+    split = next((each for each in SPLIT if all(part in children for part in each)), None)
+    out = next((each for each in OUT if each in children), None)
+    inward = () if fused is None and split is None else (fused,) if fused is not None else split or ()
+    if not inward or out is None or not isinstance(_heads(module), int):
+        return f"{name} holds nothing that would be in_proj_weight, out_proj and num_heads; it holds {_list(children)}"
+    for part in inward:
+        if not multihead.is_plain(children[part]) or "weight" not in children[part]._parameters:
+            return (
+                f"its {part} is a {type(children[part]).__name__}, and in_proj_weight can only stand for a plain Linear"
+            )
+    spare = [each for each in children if each not in (*inward, out) and _has_state(children[each])]
+    spare += [*module._parameters, *module._buffers]
+    if spare:
+        return f"it holds {_list(spare)} too, for which nn.MultiheadAttention has no place"
+    return _fused(module, inward[0], out) if fused is not None else _split(module, inward, out)
+
+
+def _list(names: Collection[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def _has_state(child: nn.Module) -> bool:
+    return next(iter(child.state_dict()), None) is not None
+
+
+def _fused(module: nn.Module, inward: str, out: str) -> Held | str:
+    linear: Any = module.get_submodule(inward)
+    if linear.out_features != 3 * linear.in_features:
+        return f"its {inward} makes {linear.out_features} of {linear.in_features}; in_proj_weight makes 3 times as many"
+    parameters = {"in_proj_weight": (inward, "weight"), "in_proj_bias": (inward, "bias")}
+    return Held(_options(module, linear.in_features, linear.bias is not None), parameters, out)
+
+
+def _split(module: nn.Module, inward: tuple[str, ...], out: str) -> Held | str:
+    linears: list[Any] = [module.get_submodule(part) for part in inward]
+    sizes = {size for linear in linears for size in (linear.in_features, linear.out_features)}
+    if any(linear.bias is not None for linear in linears):
+        return f"its {_list(inward)} have a bias each, and nn.MultiheadAttention holds the three as one parameter"
+    if len(sizes) != 1:
+        return f"its {_list(inward)} are of sizes {sorted(sizes)}; takes one size for all"
+    parameters = {weight: (part, "weight") for weight, part in zip(WEIGHTS, inward, strict=True)}
+    return Held(_options(module, sizes.pop(), bias=False), parameters, out)
+
+
+def _options(module: nn.Module, size: int, bias: bool) -> dict[str, Any]:
+    dropouts = (getattr(module, name, None) for name in ("dropout", "dropout_p", "attn_drop", "attention_dropout"))
+    dropout = next((each for each in dropouts if isinstance(each, float | nn.Dropout)), 0.0)
+    return {
+        "embed_dim": size,
+        "num_heads": _heads(module),
+        "bias": bias,
+        "dropout": dropout.p if isinstance(dropout, nn.Dropout) else dropout,
+        "batch_first": bool(getattr(module, "batch_first", True)),
+    }
+
+
+# -- whether it means the same ----------------------------------------------------------------------------------------
+
+
+def _unlike(module: nn.Module, held: Held) -> str:
+    """Why its parameters do not mean what nn.MultiheadAttention would take them for, by its own forward; or ''."""
+    if held.options["embed_dim"] % held.options["num_heads"]:
+        return f"its {held.options['num_heads']} heads do not divide its size of {held.options['embed_dim']}"
+    itself, turned = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
+    turn(turned, held)
+    weight = next(turned.parameters())
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, TOKENS, held.options["embed_dim"], generator=random).to(weight)
+    vars(turned)["batch_first"] = True
+    with torch.no_grad():
+        multihead.set_meant(turned)
+        expected, _ = turned(x, x, x, need_weights=False)
+        found, error = _own_answers(itself, x)
+    near = TOLERANCE.get(weight.dtype, 0.03) * max(expected.abs().max().item(), 1e-6)
+    if any(answer.shape == x.shape and (answer - expected).abs().max().item() <= near for answer in found):
+        return ""
+    if not found:
+        return f"its own forward does not run here, which would show how its weights are laid out: {error}"
+    return "its own forward gives something else than nn.MultiheadAttention would with its weights"
+
+
+def _own_answers(module: nn.Module, x: Tensor) -> tuple[list[Tensor], str]:
+    """What it makes of a sequence's attention to itself, called in each of the ways such modules are called."""
+    answers, error = [], ""
+    turned = x.transpose(0, 1)
+    for inputs, back in (((x,), False), ((x, x, x), False), ((turned,), True), ((turned, turned, turned), True)):
+        try:
+            answer = module(*inputs)
+        except Exception as raised:  # what another's code raises may be anything; it ends in the census
+            error = f"{type(raised).__name__}: {raised}".partition("\n")[0]
+            continue
+        answer = answer[0] if isinstance(answer, tuple) else answer
+        answers.append(answer.transpose(0, 1) if back else answer)
+    return answers, error
+
+
+# -- there and back ---------------------------------------------------------------------------------------------------
+
+
+def turn(module: nn.Module, held: Held) -> None:
+    """Make the very object an nn.MultiheadAttention of the very parameters; hooks and other attributes stay."""
+    was = type(module), dict(vars(module))
+    made = vars(nn.MultiheadAttention(**held.options, device="meta"))
+    made["_modules"] = {"out_proj": module._modules[held.out]}
+    made["_parameters"] = dict.fromkeys(made["_parameters"])
+    made["_qkv_same_embed_dim"] = "in_proj_weight" in held.parameters
+    for name, (child, inside) in held.parameters.items():
+        made["_parameters"][name] = module.get_submodule(child)._parameters[inside]
+    own = {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
+    # Of both: what every module has is its own, and what the constructor worked out is the new one's.
+    worked_out = {name: made[name] for name in made if name not in vars(nn.Module()) or name not in own}
+    vars(module).clear()
+    vars(module).update(own | worked_out | {WAS: (*was, held)})
+    module.__class__ = Attention
+
+
+def turn_back(model: nn.Module) -> None:
+    """Make a copy of a model what it is meant to be: all that could be swapped is nn.MultiheadAttention for good."""
+    for found in list(find(model, None)):
+        held = _held(found.module)
+        if not found.because and isinstance(held, Held):
+            turn(found.module, held)
+    settle(model)
+
+
+def settle(model: nn.Module) -> None:
+    """Forget, in a copy, what the modules turned back were: undo leaves them nn.MultiheadAttention."""
+    multihead.restore(model, {name for name, _ in _turned(model)})
+    for _, module in _turned(model):
+        del vars(module)[WAS]
+
+
+def _turned(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if WAS in vars(module)]
+
+
+def notes(model: nn.Module) -> Iterator[str]:
+    """What a swap changes that is no speed."""
+    for found in find(model, None):
+        if not found.because:
+            yield (
+                f"{found.name or 'the model'}: a {type(found.module).__name__} took an nn.MultiheadAttention's place;"
+                " swapped it is one again: masks, keys and values of their own, batch_first and need_weights act,"
+                " and its parameters have PyTorch's names; the proof compares with nn.MultiheadAttention"
+            )
+
+
+def apply(model: nn.Module, sites: Mapping[str, Site]) -> None:
+    """Turn the named modules back, and give each its site and its new class; or none of them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    try:
+        for name in sites:
+            held = _held(modules[name])
+            assert isinstance(held, Held), held  # `find` gave it no reason to be left alone
+            turn(modules[name], held)
+        multihead.apply(model, sites)
+    except BaseException:
+        restore(model, sites.keys())
+        raise
+
+
+def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Give back classes and attributes, of all sites or of the named; the very objects are as before."""
+    turned = [(name, module) for name, module in _turned(model) if names is None or name in names]
+    multihead.restore(model, {name for name, _ in turned})
+    for _, module in turned:
+        _give_back(module)
+
+
+def _give_back(module: nn.Module) -> None:
+    now = dict(vars(module))
+    kind, before, held = now.pop(WAS)
+    for name, (child, inside) in held.parameters.items():
+        before["_modules"][child]._parameters[inside] = now["_parameters"][name]  # it may have been replaced since
+    before["_modules"][held.out] = now["_modules"]["out_proj"]
+    if now["training"] != before["training"]:
+        for child in before["_modules"].values():
+            child.train(now["training"])  # those inside were out of reach
+    base = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+    added = {name: value for name, value in now.items() if name in base or (name not in before and name not in _MADE)}
+    vars(module).clear()
+    vars(module).update(before | added)
+    module.__class__ = kind
+
+
+_MADE = frozenset(vars(nn.MultiheadAttention(1, 1, device="meta")))

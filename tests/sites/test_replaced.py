@@ -1,0 +1,310 @@
+"""What took an nn.MultiheadAttention's place is recognised, turned back, proven, and given back; or refused with why.
+
+The stand-ins do what the replacements of the bug reports do, defects included.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from headway.sites import multihead
+from headway.sites.site import site_of
+from headway.swap import inspect, swap, undo
+
+SIZE, HEADS = 16, 4
+
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+
+
+class XFormersAttention(nn.Module):
+    """Of seeds 000 and 001: no batch_first, no masks, no cross-attention."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim, self.dropout = (
+            embed_dim,
+            num_heads,
+            embed_dim // num_heads,
+            dropout,
+        )
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+    def forward(self, query: Tensor, key: Any = None, value: Any = None, key_padding_mask: Any = None,
+                need_weights: bool = True, attn_mask: Any = None, average_attn_weights: bool = True,
+                is_causal: bool = False) -> Any:  # fmt: skip
+        if key is None and value is None:
+            out = self.attend(query)
+            return (out, None) if need_weights else out
+        raise NotImplementedError("Cross-attention not supported in XFormersAttention")
+
+
+class FlashAttention(XFormersAttention):
+    """Of seed 002: a signature of its own, so that a key is taken for a mask; masks are ignored."""
+
+    def __init__(self, embed_dim: int, num_heads: int, batch_first: bool = True, **options: Any) -> None:
+        super().__init__(embed_dim, num_heads, **options)
+        self.batch_first = batch_first
+
+    def forward(self, x: Tensor, attn_mask: Any = None, key_padding_mask: Any = None) -> Any:  # type: ignore[override]
+        return self.attend(x), None
+
+
+class Split(nn.Module):
+    """The three projections apart."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(SIZE, SIZE, bias=bias) for _ in range(3))
+        self.o_proj = nn.Linear(SIZE, SIZE, bias=False)
+
+    def forward(self, x: Tensor, key_padding_mask: Any = None) -> Tensor:
+        heads = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out: Tensor = self.o_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return out
+
+
+class Sigma(nn.Module):
+    """A wrapper without a weight of its own, as in seed 002."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.sigma = nn.Parameter(torch.full((), 1.7, dtype=linear.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.sigma * F.normalize(self.linear.weight), self.linear.bias)
+
+
+class Interleaved(FlashAttention):
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, 3, self.head_dim)).permute(3, 0, 2, 1, 4)
+        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class NeverRuns(FlashAttention):
+    def attend(self, x: Tensor) -> Tensor:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+
+def like(old: nn.MultiheadAttention, kind: type[XFormersAttention]) -> XFormersAttention:
+    """As the bug reports' replacers: a new module with copied weights."""
+    new = kind(old.embed_dim, old.num_heads)
+    with torch.no_grad():
+        new.qkv.weight.copy_(old.in_proj_weight)
+        new.qkv.bias.copy_(old.in_proj_bias)
+        new.out_proj.weight.copy_(old.out_proj.weight)
+        new.out_proj.bias.copy_(old.out_proj.bias)
+    return new.to(old.in_proj_weight.dtype)
+
+
+def encoder(layers: int = 2) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(SIZE, HEADS, 2 * SIZE, 0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def replaced(kind: type[XFormersAttention]) -> tuple[nn.TransformerEncoder, nn.TransformerEncoder]:
+    """An encoder, and the same with its attention replaced."""
+    stock = encoder()
+    model = copy.deepcopy(stock)
+    for layer in model.layers:
+        layer.self_attn = like(layer.self_attn, kind)
+    return stock, model
+
+
+def padded() -> dict[str, Tensor]:
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    return {"src": torch.randn(2, 6, SIZE, dtype=torch.float64), "src_key_padding_mask": padding}
+
+
+@pytest.mark.parametrize("kind", [XFormersAttention, FlashAttention])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_encoder_that_crashed_runs_and_is_what_it_was_before_the_replacement(kind: Any, training: bool) -> None:
+    """Seeds 000 and 001: AttributeError batch_first, then NotImplementedError."""
+    stock, model = replaced(kind)
+    stock.train(training), model.train(training)
+    batch = padded()
+    with pytest.raises((AttributeError, NotImplementedError, TypeError)):
+        model(**batch)
+    swapped = swap(model, batch)
+    assert [ticket.kind for ticket in swapped.census.swapped] == ["replaced nn.MultiheadAttention"] * 2
+    assert swapped.certificate is not None
+    assert swapped.certificate.passed
+    assert f"a {kind.__name__} took an nn.MultiheadAttention's place" in str(swapped.census)
+    seen = ~batch["src_key_padding_mask"]
+    torch.testing.assert_close(model(**batch)[seen], stock(**batch)[seen])
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    model.load_state_dict(stock.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("kind", [XFormersAttention, FlashAttention])
+def test_undo_gives_back_the_very_objects(kind: Any) -> None:
+    _, model = replaced(kind)
+    model.eval()
+    for parameter in model.layers[0].self_attn.parameters():
+        parameter.requires_grad_(False)
+    model.layers[1].self_attn.note = "mine"
+    handle = model.layers[1].self_attn.register_forward_hook(lambda *_: None)
+    objects = [(name, module, type(module), dict(vars(module))) for name, module in model.named_modules()]
+    parameters = list(model.named_parameters())
+    swapped = swap(model, padded())
+    assert {id(p) for p in model.parameters()} == {id(p) for _, p in parameters}
+    assert model.layers[1].self_attn.note == "mine"
+    assert not any(p.requires_grad for p in model.layers[0].self_attn.parameters())
+    swapped.undo()
+    assert [(name, p) for name, p in model.named_parameters() if p is not dict(parameters)[name]] == []
+    for (name, module, kind_, held), (again, now) in zip(objects, model.named_modules(), strict=True):
+        assert (name, module, kind_) == (again, now, type(now))
+        assert vars(now).keys() == held.keys()
+        assert all(vars(now)[key] is value for key, value in held.items() if key not in ("_modules", "_parameters"))
+        assert vars(now)["_modules"] == held["_modules"]
+    handle.remove()
+
+
+def test_what_changes_while_it_is_swapped_is_there_after_undo() -> None:
+    _, model = replaced(FlashAttention)
+    swap(model, padded())
+    attention = model.layers[0].self_attn
+    attention.train(False)
+    model.to(torch.float32)
+    attention.in_proj_weight = nn.Parameter(torch.ones(3 * SIZE, SIZE))
+    attention.added = 3
+    undo(model)
+    assert type(attention) is FlashAttention
+    assert bool((attention.qkv.weight == 1).all())
+    assert attention.qkv.bias.dtype == torch.float32
+    assert not attention.qkv.training
+    assert attention.added == 3
+    assert "in_proj_weight" not in dict(attention.named_parameters())
+
+
+def test_alone_and_as_the_model_itself() -> None:
+    torch.manual_seed(0)
+    module = FlashAttention(SIZE, HEADS).double().eval()
+    x = torch.randn(2, 6, SIZE, dtype=torch.float64)
+    before = module(x)[0]
+    with swap(module, x) as swapped:
+        assert swapped.certificate is not None
+        assert swapped.certificate.passed
+        torch.testing.assert_close(module(x, need_weights=False)[0], before)
+        other = torch.randn(2, 3, SIZE, dtype=torch.float64)
+        assert not torch.allclose(module(x, other, other)[0], before), "a key was taken for a mask"
+    torch.testing.assert_close(module(x)[0], before, rtol=0, atol=0)
+
+
+def test_apart_and_wrapped_projections() -> None:
+    torch.manual_seed(0)
+    split = Split().double().eval()
+    x = torch.randn(2, 6, SIZE, dtype=torch.float64)
+    before = split(x)
+    with swap(split, x) as swapped:
+        assert len(swapped.census.swapped) == 1
+        assert "q_proj_weight" in split.state_dict()
+        torch.testing.assert_close(split(x)[0], before)
+    flash = FlashAttention(SIZE, HEADS).double().eval()
+    flash.out_proj = Sigma(flash.out_proj)  # type: ignore[assignment]
+    before = flash(x)[0]
+    with swap(flash, x) as swapped:
+        assert len(swapped.census.swapped) == 1
+        torch.testing.assert_close(flash(x)[0], before)
+
+
+def test_shared_is_one_site() -> None:
+    _, model = replaced(FlashAttention)
+    model.layers[1].self_attn = model.layers[0].self_attn
+    swapped = swap(model, padded())
+    (ticket,) = swapped.census.swapped
+    assert (ticket.name, ticket.aliases) == ("layers.0.self_attn", ("layers.1.self_attn",))
+    assert model.layers[1].self_attn is model.layers[0].self_attn
+
+
+def test_a_copy_of_a_swapped_model_is_swapped_and_can_be_undone() -> None:
+    _, model = replaced(FlashAttention)
+    batch = padded()
+    swap(model, batch)
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(again(**batch), model(**batch))
+    undo(again)
+    assert type(again.layers[0].self_attn) is FlashAttention
+    assert site_of(model.layers[0].self_attn) is not None
+    assert again.layers[0].self_attn.qkv.weight is not model.layers[0].self_attn.in_proj_weight
+
+
+def broken(change: Callable[[Any], None], kind: Any = FlashAttention) -> nn.Module:
+    torch.manual_seed(0)
+    module: nn.Module = kind(SIZE, HEADS).double()
+    change(module)
+    return module
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "interleaved": (lambda: broken(lambda m: None, Interleaved), "gives something else than nn.MultiheadAttention"),
+    "never runs": (lambda: broken(lambda m: None, NeverRuns), "only supports Ampere GPUs"),
+    "wrapped qkv": (
+        lambda: broken(lambda m: parametrizations.weight_norm(m.qkv)),
+        "its qkv is a ParametrizedLinear, and in_proj_weight can only stand for a plain Linear",
+    ),
+    "norms": (lambda: broken(lambda m: m.add_module("q_norm", nn.LayerNorm(4))), "it holds q_norm too"),
+    "biases apart": (lambda: Split(bias=True).double(), "have a bias each"),
+    "heads": (lambda: broken(lambda m: setattr(m, "num_heads", 5)), "5 heads do not divide its size of 16"),
+    "another factor": (
+        lambda: broken(lambda m: setattr(m, "qkv", nn.Linear(SIZE, 2 * SIZE).double())),
+        "its qkv makes 32 of 16; in_proj_weight makes 3 times as many",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "because"), REFUSED.values(), ids=REFUSED)
+def test_refused_with_the_reason_and_left_as_it_is(make: Callable[[], nn.Module], because: str) -> None:
+    model = nn.Sequential(make())
+    kept = dict(vars(model[0]))
+    census = inspect(model)
+    (ticket,) = census.tickets
+    assert because in ticket.because
+    assert not swap(model).census.swapped
+    assert dict(vars(model[0])) == kept
+
+
+def test_in_a_layer_whatever_it_is_called_and_holds() -> None:
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = encoder(1)
+    model.layers[0].self_attn = Other()
+    (ticket,) = inspect(model).tickets
+    assert ticket.because.startswith("Other holds nothing that would be in_proj_weight")
+
+
+def test_a_failure_midway_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = replaced(FlashAttention)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multihead, "apply", fail)
+    with pytest.raises(KeyboardInterrupt):
+        swap(model, padded())
+    assert all(type(layer.self_attn) is FlashAttention for layer in model.layers)
+    assert "qkv.weight" in model.layers[0].self_attn.state_dict()
