@@ -58,6 +58,7 @@ DOCUMENTS = words("heads 8:2, documents") | words(
     "documents; documents-some-empty; documents & causal; documents & window; documents-cross; documents-cross-no-keys",
     before="mask ",
 )
+NO_KEYS = words("mask documents-cross; mask documents-cross-no-keys")
 ALIBI = words("alibi; alibi & causal; alibi & documents; alibi-lower-right", before="mask ")
 HALF_TILES = (
     words(
@@ -198,8 +199,16 @@ ACCEPTS: dict[str, dict[str, Accepts]] = {
         ),
         "flash4": Accepts(
             HALF,
-            learns=(BANDS - SIZE_8 - SIZE_40) | DOCUMENTS | SOFTCAP | DETERMINISTIC | NO_SYNC,
-            infers=SIZE_8 | SIZE_40 | SINKS | SINKS_DOCUMENTS | SOFTCAP_SINKS | LSE | LSE_DOCUMENTS | SINKS_LSE,
+            learns=(BANDS - SIZE_8 - SIZE_40) | (DOCUMENTS - NO_KEYS) | SOFTCAP | DETERMINISTIC | NO_SYNC,
+            infers=NO_KEYS
+            | SIZE_8
+            | SIZE_40
+            | SINKS
+            | SINKS_DOCUMENTS
+            | SOFTCAP_SINKS
+            | LSE
+            | LSE_DOCUMENTS
+            | SINKS_LSE,
         ),
         "xformers": Accepts(
             FLOATS,

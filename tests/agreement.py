@@ -63,6 +63,8 @@ class Answer:
     lse: Tensor | None
     grads: dict[str, Tensor | None]
     sees: Tensor | None = None
+    cancelled: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """How large the terms are that the gradients of queries and keys are the difference of."""
 
 
 Attend: TypeAlias = Callable[[], "tuple[Tensor, Tensor | None]"]
@@ -116,11 +118,11 @@ def by_formula(call: Call, dtype: torch.dtype, *, learns: bool, other_order: boo
     for i, _ in enumerate(biases(call.mask)):
         keep = keep & (wide[f"bias {i}"] > float("-inf"))
 
-    def attend() -> tuple[Tensor, Tensor | None]:
+    def attend(values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         added = torch.zeros(room, dtype=dtype, device=frame.device)
         for part in _added(call.mask, wide, frame, dtype):
             added = added + part
-        q, k, v, may, bias = wide["q"], wide["k"], wide["v"], keep, added
+        q, k, v, may, bias = wide["q"], wide["k"], wide["v"] if values is None else values, keep, added
         if other_order:
             q, k, v, may, bias = q.flip(-1), k.flip(-1, -2), v.flip(-2), may.flip(-1), bias.flip(-1)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
@@ -128,7 +130,25 @@ def by_formula(call: Call, dtype: torch.dtype, *, learns: bool, other_order: boo
         return out, lse if call.return_lse else None
 
     wanted = {name: tensor for name, tensor in wide.items() if learns and tensor.requires_grad}
-    return dataclasses.replace(answered(attend, wanted, call.q.dtype), sees=keep.any(-1))
+    answer = dataclasses.replace(answered(attend, wanted, call.q.dtype), sees=keep.any(-1))
+    if not wanted or other_order:
+        return answer
+    with torch.no_grad():
+        unity = torch.eye(frame.kv_len, dtype=dtype, device=frame.device)
+        weights, _ = attend(unity.expand(*wide["k"].shape[:2], -1, -1))
+    return dataclasses.replace(answer, cancelled=_cancelled(call, weights, answer.out))
+
+
+def _cancelled(call: Call, weights: Tensor, out: Tensor) -> dict[str, Tensor]:
+    """A weight's gradient is what its value gives, less what the result gives: both as large as cotangent x result, and
+    rounded as that is. At large logits little is left of it, but times large queries and keys.
+    """
+    scale = abs(call.q.shape[-1] ** -0.5 if call.scale is None else call.scale)
+    given = (_cotangent(out, call.q.dtype).double() * out).abs().sum(-1, keepdim=True) * scale * weights
+    shared = call.q.shape[1] // max(call.k.shape[1], 1)
+    keys = call.k.detach().double().abs().repeat_interleave(shared, 1)
+    to_keys = (given.mT @ call.q.detach().double().abs()).unflatten(1, (call.k.shape[1], shared)).sum(2)
+    return {"q": given @ keys, "k": to_keys}
 
 
 def textbook(
@@ -221,7 +241,8 @@ class Judge:
         for name, grad in got.grads.items():
             assert grad is not None, f"no gradient reaches {name}"
             what = f"gradient of {name}"
-            self.compare(what, grad, plain.grads[name], truth.grads[name], beside=self.slopes)
+            beside = (*self.slopes, *(terms for key, terms in truth.cancelled.items() if key == name))
+            self.compare(what, grad, plain.grads[name], truth.grads[name], beside=beside)
 
     def compare(
         self, what: str, got: Tensor, plain: Tensor | None, truth: Tensor | None, beside: tuple[Tensor, ...] = ()

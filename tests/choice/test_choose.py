@@ -188,6 +188,7 @@ def test_measured_times_go_before_the_declared_order(monkeypatch: pytest.MonkeyP
 # -- quarantine -------------------------------------------------------------------------------------------------------
 
 LONG = {"q_len": 70_000, "kv_len": 70_000, "kv_heads": 16}
+BLIND = seen_by("documents") | {"rows_may_be_empty": True}
 STRUCK: dict[str, tuple[Machine, Request]] = {
     "cudnn-backward-half-tile": (H100, ask(**BF16, **LEARN, **seen_by("padding"), q_len=192, kv_len=192)),
     "cudnn-backward-one-query": (with_version(H200, cudnn="9.26.0"), ask(**BF16, **LEARN, q_len=1)),
@@ -196,6 +197,7 @@ STRUCK: dict[str, tuple[Machine, Request]] = {
     "cudnn-few-kv-heads": (B200, ask(**BF16, kv_heads=4)),
     "efficient-long-mask": (A100, ask(**BF16, **LONG, **seen_by("dense"))),
     "flash-long-gradient": (A100, ask(**BF16, **LEARN, q_len=(1 << 21) + 1)),
+    "flash4-documents-without-keys": (with_packages(H200), ask(**BF16, **LEARN, **BLIND)),
     "flash4-hopper-odd-heads": (with_packages(H200), ask(**BF16, **LEARN, **heads_of(72))),
     "flash4-blackwell-odd-heads": (
         dataclasses.replace(B200, packages=(("flash-attn-4", Package("4.0.0b24")),)),
@@ -211,6 +213,7 @@ SPARED: dict[str, tuple[Machine, Request]] = {
     "cudnn-few-kv-heads": (RTX5090, ask(**BF16, kv_heads=4)),
     "efficient-long-mask": (A100, ask(**BF16, **LONG, **seen_by("causal"))),
     "flash-long-gradient": (A100, ask(**BF16, **LEARN, q_len=1 << 21)),
+    "flash4-documents-without-keys": (with_packages(H200), ask(**BF16, **BLIND)),
     "flash4-hopper-odd-heads": (with_packages(H200), ask(**BF16, **LEARN, **heads_of(80))),
     "flash4-blackwell-odd-heads": (with_packages(B200), ask(**BF16, **LEARN, **heads_of(48))),
     "mps-large-scores": (MPS, ask(**FLOAT, q_len=16_384, kv_len=16_384)),

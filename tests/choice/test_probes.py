@@ -97,6 +97,13 @@ def test_finds_what_is_off(broken: dict[str, float], what: str, kernel: Kernel) 
     assert f"in the {what} of" in found
 
 
+@pytest.mark.parametrize("backward", [0.0, 0.5])
+def test_finds_what_is_off_where_documents_have_no_keys(backward: float, kernel: Kernel) -> None:
+    kernel.backward = backward
+    found = PROBES["flash4-documents-without-keys"]("cpu")
+    assert found is None if backward == 0.0 else found is not None and "in the dq of Documents(" in found
+
+
 def test_judges_the_kernel_of_the_backend_itself() -> None:
     calls = [
         Call(heads=4, kv_heads=2, q_len=64, kv_len=64, mask=mask, logits=logits)

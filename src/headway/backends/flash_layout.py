@@ -24,8 +24,6 @@ class Packed:
     k_starts: Tensor
     q_longest: int
     k_longest: int
-    blind: Tensor | None = None
-    """Queries whose document has no keys, (tokens,), where there may be any: kernels leave their gradient unwritten."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +43,7 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
     if documents is not None:
         starts = (documents.queries.on(frame.device), frame.q_len), (documents.keys.on(frame.device), frame.kv_len)
         q_starts, k_starts = (_batched(s, length, frame.batch) for s, length in starts)
-        blind = None if documents.one_packing else _blind(q_starts, k_starts, frame.batch * frame.q_len)
-        packed = Packed(q_starts, k_starts, documents.queries.longest, documents.keys.longest, blind)
+        packed = Packed(q_starts, k_starts, documents.queries.longest, documents.keys.longest)
     causal = window == (None, 0)
     return Lowered(causal, (None, None) if causal else window, packed, _slopes(parts.alibi, frame))
 
@@ -63,10 +60,6 @@ def _batched(starts: Tensor, length: int, batch: int) -> Tensor:
     return torch.cat((starts[:1], (starts[1:] + shifts).flatten()))
 
 
-def _blind(q_starts: Tensor, k_starts: Tensor, tokens: int) -> Tensor:
-    return (k_starts.diff() == 0).repeat_interleave(q_starts.diff(), output_size=tokens)
-
-
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -77,10 +70,7 @@ def through(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, call: Call) 
     if packed is None:
         out, lse = call(q, k, v)
         return out.transpose(1, 2), lse
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    if packed.blind is not None and q.requires_grad:
-        q = q.masked_fill(packed.blind[:, None, None], 0.0)  # so that their gradient is 0, whatever comes back
-    out, lse = call(q, k, v)
+    out, lse = call(*(x.flatten(0, 1) for x in (q, k, v)))
     if lse is not None:
         lse = lse.view(-1, batch, length).transpose(0, 1)
     return out.view(batch, length, *out.shape[1:]).transpose(1, 2), lse

@@ -230,6 +230,27 @@ def _odd_heads(sizes: Iterable[int]) -> Iterable[Call]:
     )
 
 
+@probe("flash4-documents-without-keys")
+def flash4_documents_without_keys(device: str) -> str | None:
+    """What is wrong there is what was in memory before: numbers are left there first."""
+    mask, frame = Documents([6, 6, 20, 9], [9, 0, 30, 0]), Frame(41, 39, 1, 2, torch.device(device))
+    kernel = load("flash4", device)
+    for head_dim in (16, 64, 128):
+        q, k, v, toward = Call(q_len=41, kv_len=39, head_dim=head_dim).tensors(device)
+        torch.full((1 << 20,), 3.0, device=device)
+        answers = []
+        for judge, dtype in ((kernel, torch.bfloat16), (reference, torch.float64)):
+            asked = q.to(dtype).requires_grad_()
+            out, _ = judge.attend(
+                asked, k.to(dtype), v.to(dtype), judge.lower(mask, frame, dtype), Extras(needs_grad=True)
+            )
+            answers.append(torch.autograd.grad(out, asked, toward.to(dtype))[0])
+        error = _error(*answers)
+        if not error <= 0.1:
+            return f"flash4 errs by {error:.3g} in the dq of {mask} with head_dim {head_dim}"
+    return None
+
+
 @probe("flash4-hopper-odd-heads")
 def flash4_hopper_odd_heads(device: str) -> str | None:
     return wrong("flash4", device, _odd_heads((8, 24, 40, 56, 72, 88, 104, 120)))

@@ -135,6 +135,10 @@ def _odd_heads(request: Request) -> bool:
     return request.needs_grad and request.head_dim % 16 != 0
 
 
+def _documents_without_keys(request: Request) -> bool:
+    return request.needs_grad and request.rows_may_be_empty and "documents" in request.mask
+
+
 def _heads_of_32(request: Request) -> bool:
     return request.needs_grad and request.head_dim % 32 != 0
 
@@ -224,6 +228,14 @@ QUARANTINE: tuple[Quarantined, ...] = (
         _odd_heads,
         capability=((9, 0), (10, 0)),
         remedy=_pad_heads_to_32,
+    ),
+    Quarantined(
+        "flash4-documents-without-keys",
+        ("flash4",),
+        # The thread mends the same for whole calls; of packed documents it was seen on an H200 with 4.0.0b36.
+        "https://github.com/Dao-AILab/flash-attention/pull/2776",
+        "a wrong gradient of q, with documents that have queries and no keys",
+        _documents_without_keys,
     ),
     Quarantined(
         "flash4-blackwell-odd-heads",
