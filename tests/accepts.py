@@ -63,7 +63,7 @@ ALIBI = words("alibi; alibi & causal; alibi & documents; alibi-lower-right", bef
 HALF_TILES = (
     words(
         """
-    length 320x320, padding
+    length 320x320, padding; length 320x320, bias-lowest-row
     length 64x64, padding, large logits
     length 320x320, window, large logits
     length 192x192, padding, large logits

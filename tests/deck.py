@@ -152,6 +152,12 @@ def slopes(frame: Frame) -> Tensor:
     return 2.0 ** -torch.arange(1, frame.heads + 1, device=frame.device, dtype=torch.float32)
 
 
+def _lowest(length: int) -> Callable[[Frame], Mask]:
+    """Some rows are numbers as low as there are, all over."""
+    lowest = torch.finfo(torch.float32).min
+    return lambda f: Bias(torch.zeros(length, length, device=f.device).index_fill(0, _some(f), lowest))
+
+
 SQUARE: dict[str, Callable[[Frame], Mask]] = {
     "full": lambda f: Full(),
     "nothing": lambda f: ~Full(),
@@ -188,9 +194,7 @@ SQUARE: dict[str, Callable[[Frame], Mask]] = {
     "bias-over-keys": random_bias("bias over keys", 2, 1, 1, 48),
     "bias-blocks": random_bias("bias blocks", 48, 48, blocked=0.4),
     "bias-empty-rows": lambda f: Bias(torch.zeros(48, 48, device=f.device).index_fill(0, _some(f), float("-inf"))),
-    "bias-lowest-row": lambda f: Bias(
-        torch.zeros(48, 48, device=f.device).index_fill(0, _some(f), torch.finfo(torch.float32).min)
-    ),
+    "bias-lowest-row": _lowest(48),
     "bias & bias": lambda f: random_bias("one", 48, 48)(f) & random_bias("two", 2, 1, 1, 48)(f),
     "bias-learnt": random_bias("bias learnt", 2, 2, 48, 48, learns=True),
     "bias-learnt-per-head": random_bias("bias learnt per head", 1, 2, 48, 48, learns=True),
@@ -216,7 +220,8 @@ SQUARE: dict[str, Callable[[Frame], Mask]] = {
 """On 48 queries and 48 keys, two heads, two batch entries."""
 
 
-MASK_DTYPES = {"bias-lowest-row": ("float64", "float32", "bfloat16")}
+LOWEST = ("float64", "float32", "bfloat16")
+MASK_DTYPES = {"bias-lowest-row": LOWEST}
 """float16 has no number so low that it would swallow a score."""
 
 
@@ -266,6 +271,7 @@ def _shapes() -> list[Case]:
         Case("heads 8:2, padding", heads=(8, 2), mask=SQUARE["padding"]),
         Case("heads 8:2, documents", heads=(8, 2), mask=SQUARE["documents & causal"]),
         Case("length 320x320, causal", lengths=(320, 320), batch=1, mask=SQUARE["causal"]),
+        Case("length 320x320, bias-lowest-row", lengths=(320, 320), batch=1, mask=_lowest(320), dtypes=LOWEST),
         Case("length 320x320, padding", lengths=(320, 320), batch=1, mask=lambda f: Padding([100])),
         Case("length 64x64, padding, large logits", lengths=(64, 64), mask=lambda f: Padding([64, 9]), logits=30.0),
         Case("length 320x320, window, large logits", lengths=(320, 320), batch=1, mask=SQUARE["window"], logits=30.0),

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import Call, check
+from agreement import Answer, Call, check, judge
 from deck import Source
 from test_attention import draw
 
 from headway import Alibi, Bias, Causal, Documents, Mask, Padding, Predicate, RecompileBudgetError, Window, attention
 from headway.backends import flex
+from headway.backends.kernel import Extras
+from headway.masks import Frame
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +101,24 @@ def test_the_budget_raises_each_time(compilations: list[int], monkeypatch: pytes
     for _ in range(3):
         with pytest.raises(RecompileBudgetError):
             attention(*draw(1, 1, 17, 32), backend="flex")
+
+
+@pytest.mark.filterwarnings("ignore:return_lse is deprecated:FutureWarning")
+def test_rows_far_below_zero_are_shifted_and_their_lse_is_not() -> None:
+    """On a GPU the kernel gave NaN for them; the shift leaves it only scores it can tell apart."""
+    bias = torch.zeros(160, 160)
+    bias[2], bias[:, :3], bias[5] = -1e30, -1e30, float("-inf")
+    for mask in (Bias(bias), Causal() & Bias(bias), Bias(bias) & Bias(bias)):
+        lowered = flex.lower(mask, Frame(160, 160, 1, 2), torch.float32)
+        q, k, v = draw(1, 2, 160, 32)
+        index = torch.arange(160)
+        assert lowered.score is not None
+        b = h = torch.tensor(0)
+        scores = lowered.score(torch.zeros(160, 160), b, h, index[:, None], index[None, :])
+        seen = mask.to_bool(Frame(160, 160, 1, 2)).expand(1, 2, 160, 160)[0, 0]
+        assert scores.masked_fill(~seen, float("-inf")).amax(-1)[seen.any(-1)].abs().max() == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+            patch.setattr(flex, "compiled", lambda *_: flex._flex)
+            out, lse = flex.attend(q, k, v, lowered, Extras(lse=True))  # which the door lets through on CUDA alone
+        judge(Call(q, k, v, mask=mask, return_lse=True), Answer(out, lse, {}), learns=False)

@@ -29,6 +29,8 @@ class Lowered:
     block_mask: BlockMask | None = None
     score: Score | None = None
     options: dict[str, int] | None = None
+    shift: Tensor | None = None
+    """(B, H, L): taken off each row's scores, which softmax does not see, and given back to its lse."""
 
 
 def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
@@ -38,7 +40,27 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
     held = signature(mask)
     # A tensor loaded tile by tile takes shared memory in every stage of the pipeline; with one stage it always fits.
     options = {"num_stages": 1} if frame.device.type == "cuda" and ("bias" in held or "dense" in held) else None
-    return Lowered(held, blocks, mask.score(frame), options)
+    score, shift = mask.score(frame), _largest(mask, frame) if "bias" in held else None
+    return Lowered(held, blocks, score if score is None or shift is None else _less(score, shift), options, shift)
+
+
+def _largest(mask: Mask, frame: Frame) -> Tensor:
+    """What a row adds at most to a score it sees.
+
+    The kernel takes the largest score off the others by a fused multiplication, exact to one rounding of that score. In
+    a row of -1e30 that is 1e22, and its exponential NaN: such a row was seen to give NaN on an H200.
+    """
+    with torch.no_grad():
+        largest = mask.to_additive(frame, torch.float32).amax(-1)
+        largest = torch.where(largest.isneginf(), 0.0, largest)
+    return largest.expand(frame.batch, frame.heads, frame.q_len)
+
+
+def _less(score: Score, shift: Tensor) -> Score:
+    def less(value: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score(value, b, h, q, k) - shift[b, h, q]
+
+    return less
 
 
 def signature(mask: Mask) -> str:
@@ -64,6 +86,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> At
     if not wants_lse:
         return answer, None
     out, lse = answer
+    lse = lse if mask.shift is None else lse + mask.shift
     return gate_sinks(out, lse, extras.sinks)
 
 
