@@ -64,7 +64,7 @@ class Answer:
     grads: dict[str, Tensor | None]
     sees: Tensor | None = None
     cancelled: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """How large the terms are that the gradients of queries and keys are the difference of."""
+    """How large the terms are that the gradients of queries, keys and biases are the difference of."""
 
 
 Attend: TypeAlias = Callable[[], "tuple[Tensor, Tensor | None]"]
@@ -141,14 +141,16 @@ def by_formula(call: Call, dtype: torch.dtype, *, learns: bool, other_order: boo
 
 def _cancelled(call: Call, weights: Tensor, out: Tensor) -> dict[str, Tensor]:
     """A weight's gradient is what its value gives, less what the result gives: both as large as cotangent x result, and
-    rounded as that is. At large logits little is left of it, but times large queries and keys.
+    rounded as that is. At large logits little is left of it, but times large queries and keys; and of a bias that is the
+    same for all keys nothing is, however many are summed.
     """
     scale = abs(call.q.shape[-1] ** -0.5 if call.scale is None else call.scale)
-    given = (_cotangent(out, call.q.dtype).double() * out).abs().sum(-1, keepdim=True) * scale * weights
+    given = (_cotangent(out, call.q.dtype).double() * out).abs().sum(-1, keepdim=True) * weights
     shared = call.q.shape[1] // max(call.k.shape[1], 1)
     keys = call.k.detach().double().abs().repeat_interleave(shared, 1)
     to_keys = (given.mT @ call.q.detach().double().abs()).unflatten(1, (call.k.shape[1], shared)).sum(2)
-    return {"q": given @ keys, "k": to_keys}
+    to_biases = {f"bias {i}": given.sum_to_size(bias.bias.shape) for i, bias in enumerate(biases(call.mask))}
+    return {"q": given @ keys * scale, "k": to_keys * scale, **to_biases}
 
 
 def textbook(
