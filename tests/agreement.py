@@ -140,9 +140,10 @@ def by_formula(call: Call, dtype: torch.dtype, *, learns: bool, other_order: boo
 
 
 def _cancelled(call: Call, weights: Tensor, out: Tensor) -> dict[str, Tensor]:
-    """A weight's gradient is what its value gives, less what the result gives: both as large as cotangent x result, and
-    rounded as that is. At large logits little is left of it, but times large queries and keys; and of a bias that is the
-    same for all keys nothing is, however many are summed.
+    """A weight's gradient is what its value gives, less what the result gives: both as large as cotangent x result.
+
+    Rounded as those are, at large logits little is left of it, but times large queries and keys; and of a bias that is
+    the same for all keys nothing is, however many are summed.
     """
     scale = abs(call.q.shape[-1] ** -0.5 if call.scale is None else call.scale)
     given = (_cotangent(out, call.q.dtype).double() * out).abs().sum(-1, keepdim=True) * weights
