@@ -26,7 +26,7 @@ from headway.masks import (
     Window,
     recognise,
 )
-from headway.swap import Census, Swap, inspect, swap, undo
+from headway.swap import Census, Map, Swap, inspect, maps, swap, undo
 from headway.watch import Recording, watch
 
 __version__ = "0.1.0"
@@ -41,6 +41,7 @@ __all__ = [
     "Documents",
     "Full",
     "HeadwayError",
+    "Map",
     "Mask",
     "MaskError",
     "NoBackendError",
@@ -58,6 +59,7 @@ __all__ = [
     "attention",
     "explain",
     "inspect",
+    "maps",
     "recognise",
     "swap",
     "undo",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from headway.errors import HeadwayError
 from headway.limits.request import mask_words
 from headway.masks import Causal, Frame, Mask
 from headway.masks.draw import sample
 from headway.masks.terms import terms
-from headway.sites.site import Site, Ticket, site_of
+from headway.sites.noted import Call, noted
+from headway.sites.site import Ticket, site_of
 from headway.swap.still import still
 from headway.swap.swap import Example, Swap, runner
 
@@ -57,32 +58,19 @@ def pictures(swap: Swap, example: Example) -> tuple[Picture, ...]:
     run = runner(example)
     assert run is not None
     seen: dict[tuple[str, int, int, Rows], Picture] = {}
-    sites = {id(site): site for module in swap.model.modules() if (site := site_of(module)) is not None}.values()
-    for site in sites:
-        vars(site)["attend"] = _noting(site, seen)  # on the instance, for this run alone
-    try:
-        with still(swap.model), torch.no_grad():
-            run(swap.model)
-    finally:
-        for site in sites:
-            del vars(site)["attend"]
+
+    def note(module: nn.Module, call: Call) -> None:
+        site = site_of(module)
+        if call.mask is not None and site is not None:
+            for picture in _pictures(call.mask, call.frame, site.ticket.name):
+                _add(picture, seen)
+
+    with noted(swap.model, note, counted=True), still(swap.model), torch.no_grad():
+        run(swap.model)
     return tuple(seen.values())
 
 
-def _noting(site: Site, seen: dict[tuple[str, int, int, Rows], Picture]) -> Callable[..., Tensor]:
-    attend = site.attend
-
-    def noting(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, **kwargs: Any) -> Tensor:
-        if mask is not None and not q.is_nested:
-            for picture in _pictures(mask, q, k, site.ticket.name):
-                _add(picture, seen)
-        return attend(q, k, v, mask, **kwargs)
-
-    return noting
-
-
-def _pictures(mask: Mask, q: Tensor, k: Tensor, site: str) -> Iterator[Picture]:
-    frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
+def _pictures(mask: Mask, frame: Frame, site: str) -> Iterator[Picture]:
     words = mask_words(terms(mask, frame).kinds(frame))
     for entry in range(min(ENTRIES, frame.batch)):
         try:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from headway.attention import attention, explain
+from headway.backends import reference
+from headway.backends.kernel import Extras, repeat_kv
 from headway.choice.choose import Decision
 from headway.limits.request import representative
 from headway.masks.base import Mask
+from headway.masks.frame import Frame
 
 Undo: TypeAlias = Any
 """A call that puts back the very objects that were there before; `apply` of each kind returns one."""
@@ -97,6 +100,35 @@ class Site:
                 )  # fmt: skip
             self.ticket.runs[decision.backend().name] += 1
         return out
+
+    def in_full(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, **wants: Any) -> tuple[Tensor, Tensor]:
+        """The function of that name, counted."""
+        answer = in_full(q, k, v, mask, **wants)
+        if not is_compiling():
+            self.ticket.in_full += 1
+        return answer
+
+
+def in_full(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in full, for callers that want its weights; as PyTorch has them, those that dropout left."""
+    _, v = repeat_kv(q, k, v)
+    if not k.shape[2]:
+        weights = q @ repeat_kv(q, k, k)[0].transpose(-1, -2)
+        return weights @ v, weights
+    frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
+    extras = Extras(scale, dropout, softcap, sinks)
+    weights, _ = reference.weigh(q, k, reference.lower(mask, frame, q.dtype), extras)
+    return (weights @ v.to(weights.dtype)).to(v.dtype), weights.to(q.dtype)
 
 
 def site_of(module: nn.Module) -> Site | None:

@@ -21,9 +21,8 @@ Selection: TypeAlias = One | Iterable[One]
 def matching(selection: Selection, sites: list[Found], word: str) -> set[str]:
     """The names of the sites that any of the selection matches; SwapError for one that matches none."""
     matched: set[str] = set()
-    single = isinstance(selection, str | type) or callable(selection)
-    for one in [selection] if single else selection:  # type: ignore[union-attr]
-        names = {site.name for site in sites if _matches(one, site)}  # type: ignore[arg-type]
+    for one in each(selection):
+        names = {site.name for site in sites if matches(one, site)}
         if not names:
             known = ", ".join(repr(site.name) for site in sites) or "none"
             raise SwapError(f"got {word}={one!r}, which matches no site; the sites are: {known}")
@@ -31,7 +30,14 @@ def matching(selection: Selection, sites: list[Found], word: str) -> set[str]:
     return matched
 
 
-def _matches(one: One, site: Found) -> bool:
+def each(selection: Selection) -> list[One]:
+    """What a selection is made of."""
+    if isinstance(selection, str | type) or callable(selection):
+        return [selection]
+    return list(selection)
+
+
+def matches(one: One, site: Found) -> bool:
     if isinstance(one, str):
         return any(fnmatch.fnmatchcase(name, one) for name in (site.name, *site.aliases))
     if isinstance(one, type):

@@ -12,6 +12,15 @@ from torch import nn
 @contextlib.contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """In evaluation inside; afterwards each module's mode, the buffers, and the random state are as before."""
+    with unchanged(model):
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """In the model's own mode inside; afterwards modes, buffers and the random state are as before."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer._version, buffer.detach().clone())
@@ -22,8 +31,6 @@ def still(model: nn.Module) -> Iterator[None]:
     cards = {x.device.index for x in model.parameters() if x.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(index for index in cards if index is not None)):
         try:
-            for module, _ in modes:
-                module.training = False
             yield
         finally:
             for module, mode in modes:
@@ -33,3 +40,5 @@ def still(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer
                     if buffer._version != version:
                         buffer.copy_(was)
+                    elif buffer.layout == torch.strided and not buffer.is_meta and not torch.equal(buffer, was):
+                        buffer.data.copy_(was)  # batch_norm does not count what it writes, nor may this
