@@ -67,6 +67,8 @@ class Seen:
     """Modules that call F.scaled_dot_product_attention themselves, and how often; by the name of the innermost."""
     by_hand: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     """(module, file:line) of attention written by hand, with the bytes of the largest scores seen there."""
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Modules that call flash_attn's or xFormers' functions themselves, and how often, where they were watched."""
     calls: dict[str, Inputs] = dataclasses.field(default_factory=dict)
     """The inputs of the first call of each module that was asked for."""
     ran: set[str] = dataclasses.field(default_factory=set)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.errors import SwapError
-from headway.sites import multihead, replaced, torch_calls, transformers
+from headway.sites import kernel_calls, multihead, replaced, torch_calls, transformers
 from headway.sites.seen import Seen, pinned, see
 from headway.sites.site import Found, Site, Ticket, site_of
 from headway.swap.census import Census
@@ -22,7 +22,7 @@ from headway.swap.still import still
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
 """What a model is run with: its input, its inputs in order, its inputs by name, or a function that runs it."""
 
-KINDS: tuple[Any, ...] = (multihead, transformers, replaced, torch_calls)
+KINDS: tuple[Any, ...] = (multihead, transformers, replaced, kernel_calls, torch_calls)
 """Earlier kinds go first: a module that one of them takes is not asked again."""
 
 
@@ -122,7 +122,7 @@ def inspect(
 
 def undo(model: nn.Module) -> None:
     """Take every site of `model` out again, also of a copy, or of a model that was loaded swapped."""
-    for kind in KINDS:
+    for kind in reversed(KINDS):  # what was laid over another comes off first
         kind.restore(model)
 
 
@@ -176,8 +176,10 @@ def _plan(
     if run is not None:
         looked_at = copy.deepcopy(model)  # a run may change more than it can be asked to put back
         replaced.turn_back(looked_at)
+        kernels = kernel_calls.watch(looked_at)
         with torch.inference_mode(False), still(looked_at), multihead.meant(looked_at):
             seen = see(looked_at, run)
+        seen.kernels = kernels
     found = list(_found(model, seen))
     chosen = {site.name for site in found} if only is None else matching(only, found, "only")
     skipped = set() if skip is None else matching(skip, found, "skip")
@@ -193,7 +195,7 @@ def _plan(
     return Census(
         type(model).__name__,
         (*tickets, *_by_hand(found, seen)),
-        (*multihead.notes(model), *replaced.notes(model), *_notes(seen)),
+        (*multihead.notes(model), *replaced.notes(model), *kernel_calls.notes(model), *_notes(seen)),
     )
 
 

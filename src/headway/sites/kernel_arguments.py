@@ -1,0 +1,389 @@
+"""What flash_attn's and xFormers' functions are called with, as a site takes it: every argument honoured or refused.
+
+Arguments come by the names that the called function itself has for them, so its version settles their order and their
+defaults. What a newer version has and nobody here knows must be at its default.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from headway.errors import RequestError
+from headway.masks import Alibi, Bias, Causal, Documents, Mask, Predicate, Window
+from headway.masks.base import shape_of
+from headway.masks.causal import Align
+from headway.masks.documents import Packing
+from headway.sites.site import Site
+
+Translate = Callable[[Site, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""(site, the function that was called, its arguments by position and by keyword) -> what it would have returned."""
+
+_TUNING = frozenset({"op", "num_splits", "pack_gqa", "sm_margin", "min_seqlen_k"})
+"""They choose or steer a kernel and never say what is computed; the kernel is Headway's to choose."""
+
+_OPERANDS = frozenset({"q", "k", "v", "qkv", "kv"})
+_LENGTHS = frozenset(
+    {"cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen", "max_seqlen_q", "max_seqlen_k"},
+)
+_FLASH = frozenset(
+    {"dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic"}
+    | {"learnable_sink"}
+    | _OPERANDS
+    | _LENGTHS
+)
+_XFORMERS = frozenset({"query", "key", "value", "attn_bias", "p", "scale", "output_dtype"})
+
+_REMEDIES = {
+    "return_attn_probs": "take headway.maps(...) for weights, or leave this module out (skip=...)",
+    "return_lse": "call headway.attention(..., return_lse=True) there, or leave this module out (skip=...)",
+    "block_table": "gather the pages into k and v first, or leave this module out (skip=...)",
+    "page_table": "gather the pages into k and v first, or leave this module out (skip=...)",
+}
+_LEAVE_OUT = "leave this module out (skip=...)"
+
+
+def _given(
+    real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], honours: frozenset[str]
+) -> dict[str, Any]:
+    """All arguments of a call of `real` by name; RequestError for one that would have to be ignored."""
+    names, defaults = _parameters(real)
+    by_position = names[: len(args)]
+    given = {**defaults, **dict(zip(by_position, args, strict=False)), **kwargs}
+    # inspect's own binding takes many times as long, so it only says what is wrong.
+    if len(args) > len(names) or given.keys() != defaults.keys() or not kwargs.keys().isdisjoint(by_position):
+        inspect.signature(real).bind(*args, **kwargs)
+        raise RequestError(f"got {real.__name__} of a signature that does not name its arguments; {_LEAVE_OUT}")
+    for name in (*by_position, *kwargs):
+        if name not in honours and name not in _TUNING and not _is(given[name], defaults[name]):
+            shown = shape_of(given[name]) if isinstance(given[name], Tensor) else repr(given[name])
+            raise RequestError(
+                f"got {name}={shown} in {real.__name__}, takes only its default {defaults[name]!r}:"
+                f" {_REMEDIES.get(name, _LEAVE_OUT)}"
+            )
+    if any(value is inspect.Parameter.empty for value in given.values()):
+        inspect.signature(real).bind(*args, **kwargs)
+    return given
+
+
+@functools.cache
+def _parameters(real: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names that may be given by position, and all with their defaults; *args and **kwargs make it fit no call."""
+    parameters = inspect.signature(real).parameters
+    known = {name: each.default for name, each in parameters.items()}
+    if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters.values()):
+        known["*"] = None
+    return tuple(name for name, each in parameters.items() if each.kind == each.POSITIONAL_OR_KEYWORD), known
+
+
+def _is(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, bool | int | float) and bool(value == default))
+
+
+# -- flash_attn -------------------------------------------------------------------------------------------------------
+
+
+def flash(site: Site, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """flash_attn's functions, version 2: (B, L, H, D), or (tokens, H, D) with cumulative lengths."""
+    given = _given(real, args, kwargs, _FLASH)
+    return _attend_flash(site, given, (_unbounded(side) for side in given["window_size"]))
+
+
+def flash4(
+    site: Site, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """flash_attn.cute's functions: they return the output, and None in place of the lse that was not asked for."""
+    given = _given(real, args, kwargs, _FLASH)
+    left, right = given["window_size"]
+    if left is not None and right is not None and left + right < 0:
+        left = right = None  # as there
+    if min(left or 0, right or 0) < 0:
+        raise RequestError(f"got window_size={given['window_size']}, takes 0 or more, or None for no bound on a side")
+    return _attend_flash(site, given, (left, right)), None
+
+
+def _unbounded(side: int) -> int | None:
+    return None if side < 0 else int(side)
+
+
+def _attend_flash(site: Site, given: Mapping[str, Any], window: Iterable[int | None]) -> Tensor:
+    starts = _starts(given)
+    q, k, v = _operands(given, packed=starts is not None)
+    left, right = window
+    right = 0 if given["causal"] else right
+    slopes = given.get("alibi_slopes")
+    if starts is None:
+        mask = _all(_band(left, right, "lower-right"), _alibi(slopes, q, k))
+    else:
+        mask = _varlen(starts, given.get("max_seqlen", given.get("max_seqlen_q")), q, k, left, right)
+        mask = mask if slopes is None else mask & _alibi_of_documents(slopes, q, mask)
+    if given.get("deterministic"):
+        site = copy.copy(site)
+        site.require = (*site.require, "deterministic")
+    softcap = given.get("softcap", 0.0)
+    out = site.attend(
+        q, k, v, mask,
+        scale=given["softmax_scale"],
+        dropout=given.get("dropout_p", 0.0),
+        softcap=softcap if softcap > 0 else None,
+        sinks=given.get("learnable_sink"),
+    )  # fmt: skip
+    out = out.transpose(1, 2)
+    # Contiguous, as there: callers view the heads as one axis.
+    return (out if starts is None else out.squeeze(0)).contiguous()
+
+
+def _starts(given: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Cumulative lengths of queries and keys, if the call has them."""
+    if "cu_seqlens" in given:
+        return given["cu_seqlens"], given["cu_seqlens"]
+    q_starts, k_starts = given.get("cu_seqlens_q"), given.get("cu_seqlens_k")
+    if q_starts is None and k_starts is None:
+        return None
+    if q_starts is None or k_starts is None:
+        raise RequestError("got cu_seqlens_q or cu_seqlens_k alone, takes both or none: pack queries and keys alike")
+    return q_starts, k_starts
+
+
+def _operands(given: Mapping[str, Any], packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, L, D) each, from q, k and v that may share a tensor."""
+    axes = 3 if packed else 4
+    takes = "(tokens, heads, head_dim)" if packed else "(batch, length, heads, head_dim)"
+    shared = next((name for name in ("qkv", "kv") if name in given), None)
+    if shared is not None:
+        both, parts = given[shared], len(shared)
+        if both.dim() != axes + 1 or both.shape[-3] != parts:
+            raise RequestError(f"got {shared} {list(both.shape)}, takes {takes} with an axis of {parts} before heads")
+        rest = both.unbind(-3)
+        q, k, v = rest if parts == 3 else (given["q"], *rest)
+    else:
+        q, k, v = given["q"], given["k"], given["v"]
+    if not q.dim() == k.dim() == v.dim() == axes:
+        raise RequestError(
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, takes {takes} for each: reshape them"
+        )
+    q, k, v = (x[None] if packed else x for x in (q, k, v))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _band(left: int | None, right: int | None, align: Align) -> Mask | None:
+    if (left, right) == (None, None):
+        return None
+    return Causal(align) if (left, right) == (None, 0) else Window(left, right, align)
+
+
+def _alibi(slopes: Tensor | None, q: Tensor, k: Tensor) -> Mask | None:
+    """Slopes per head, or per batch entry and head; they get no gradient, as in flash_attn."""
+    if slopes is None:
+        return None
+    slopes = slopes.detach()
+    if slopes.dim() == 1:
+        return Alibi(slopes, "lower-right")
+    if tuple(slopes.shape) != (q.shape[0], q.shape[1]):
+        raise RequestError(f"got alibi_slopes {list(slopes.shape)}, takes (heads,) or (batch, heads)")
+    if len(slopes) == 1:
+        return Alibi(slopes[0], "lower-right")
+    q_len, kv_len = q.shape[2], k.shape[2]
+    rows = torch.arange(kv_len - q_len, kv_len, device=q.device)[:, None]
+    distance = (rows - torch.arange(kv_len, device=q.device)).abs()
+    return Bias(-slopes[..., None, None] * distance)
+
+
+def _alibi_of_documents(slopes: Tensor, q: Tensor, mask: Mask) -> Mask:
+    documents = next(part for part in (getattr(mask, "parts", None) or (mask,)) if isinstance(part, Documents))
+    if slopes.dim() != 1 or not documents.one_packing:
+        raise RequestError(
+            f"got alibi_slopes {list(slopes.shape)} with cumulative lengths, takes (heads,), and queries and keys of"
+            f" the same lengths: {_LEAVE_OUT}"
+        )
+    return Alibi(slopes.detach().to(q.device), "lower-right")
+
+
+def _all(*masks: Mask | None) -> Mask | None:
+    some = [mask for mask in masks if mask is not None]
+    return functools.reduce(lambda one, other: one & other, some) if some else None
+
+
+def _varlen(
+    starts: tuple[Tensor, Tensor], longest: int | None, q: Tensor, k: Tensor, left: int | None, right: int | None
+) -> Mask:
+    """The mask of packed sequences, once for all layers that are given the same lengths."""
+    q_starts, k_starts = starts
+    longest = None if longest is None else int(longest)
+
+    def make() -> Mask:
+        return _within(_documents(q_starts, k_starts, longest, q.shape[2]), left, right, "lower-right", q)
+
+    if q_starts.is_inference() or k_starts.is_inference():  # which do not tell when they change
+        return make()
+    at = (q.shape[2], k.shape[2], longest, left, right, q.device)
+    return _kept(q_starts, k_starts, (q_starts._version, k_starts._version), at, make)
+
+
+def _documents(q_starts: Tensor, k_starts: Tensor, longest: int | None, total: int) -> Documents:
+    """Lengths on an accelerator are read only where queries and keys have tensors of their own, which may be equal."""
+    if q_starts is not k_starts:
+        queries, keys = (Documents.from_cu_seqlens(starts).queries for starts in (q_starts, k_starts))
+        return Documents(queries.lengths or (), keys.lengths)
+    if longest is None or q_starts.device.type == "cpu":  # where nothing waits to read it
+        return Documents.from_cu_seqlens(q_starts)
+    return Documents.from_cu_seqlens(q_starts, longest=longest, total=total)  # taken at its word, as flash_attn does
+
+
+def _within(documents: Documents, left: int | None, right: int | None, align: Align, q: Tensor) -> Mask:
+    """A band inside each document, aligned there."""
+    if (left, right) == (None, None) or not q.shape[2]:
+        return documents
+    if documents.one_packing:  # where indices differ as they do inside each document
+        return documents & cast(Mask, _band(left, right, align))
+    diagonal = _diagonal(documents.queries, documents.keys, align, q)
+    widest = torch.iinfo(torch.int32).max  # which bounds nothing, so that all bounds are one program
+    low = torch.tensor(-widest if left is None else -left, dtype=torch.int32, device=q.device)
+    high = torch.tensor(widest if right is None else right, dtype=torch.int32, device=q.device)
+
+    def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        step = k - diagonal[q]
+        return (step >= low) & (step <= high)
+
+    return documents & Predicate(near)
+
+
+def _diagonal(queries: Packing, keys: Packing, align: Align, q: Tensor) -> Tensor:
+    """For each query the key that its document lines it up with."""
+    at = slice(1, None) if align == "lower-right" else slice(None, -1)
+    shifts = keys.on(q.device)[at] - queries.on(q.device)[at]
+    count = q.shape[2]
+    documents = queries.ids(count, q.device).clamp(max=len(shifts) - 1)
+    return torch.arange(count, dtype=torch.int32, device=q.device) + shifts[documents]
+
+
+_MASKS: Any = WeakIdKeyDictionary()
+"""By a tensor or a bias, the last masks made of it."""
+
+
+def _kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callable[[], Mask]) -> Mask:
+    """What `make` makes of two things, again only once they have changed."""
+    known = _MASKS.get(anchor)
+    if known is None or known[0]() is not other or known[1] != state:
+        known = _MASKS[anchor] = weakref.ref(other), state, {}
+    mask: Mask | None = known[2].get(at)
+    if mask is None:
+        mask = known[2][at] = make()
+    return mask
+
+
+# -- xFormers ---------------------------------------------------------------------------------------------------------
+
+
+def xformers(site: Site, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """memory_efficient_attention: (B, M, K), (B, M, H, K), or (B, M, G, H, K) where H heads may share a key head."""
+    given = _given(real, args, kwargs, _XFORMERS)
+    query, key, value = given["query"], given["key"], given["value"]
+    if query.dim() not in (3, 4, 5) or not query.dim() == key.dim() == value.dim():
+        raise RequestError(
+            f"got query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)},"
+            " takes (B, M, K), (B, M, H, K) or (B, M, G, H, K) for all three: reshape them"
+        )
+    if key.shape[2:-1] != query.shape[2:-1] or value.shape[2:-1] != query.shape[2:-1]:
+        raise RequestError(
+            f"got query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)},"
+            " takes the same heads in each, as xFormers does: expand key and value"
+        )
+    q = _heads(query).transpose(1, 2)
+    shares = query.dim() == 5 and all(x.stride(3) == 0 or x.shape[3] == 1 for x in (key, value))
+    k, v = (_heads(x[:, :, :, :1] if shares else x).transpose(1, 2) for x in (key, value))
+    out = site.attend(q, k, v, _bias(given["attn_bias"], query, q, k), scale=given["scale"], dropout=given["p"])
+    out = out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]).contiguous()  # as there
+    wide = given.get("output_dtype")
+    return out if wide is None else out.to(wide)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(B, M, H, K)."""
+    return x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2)
+
+
+def _bias(bias: Any, query: Tensor, q: Tensor, k: Tensor) -> Mask | None:
+    """An attn_bias as a typed mask. Its classes are known by their names: nothing here imports xFormers."""
+    if bias is None:
+        return None
+    if isinstance(bias, Tensor):
+        return Bias(_four_axes(bias, query))
+    name = type(bias).__name__
+    if name == "LowerTriangularMaskWithTensorBias":
+        return Causal("upper-left") & Bias(_four_axes(bias._bias, query))
+    if name in _BANDS:
+        left, right, align = _BANDS[name](bias)
+        return _band(left, right, align)
+    if name in _BLOCKS:
+        return _blocks(bias, q, k)
+    known = ", ".join(("None", "a tensor", "LowerTriangularMaskWithTensorBias", *_BANDS, *_BLOCKS))
+    raise RequestError(
+        f"got attn_bias of {name}, takes {known}: pack keys without filler (BlockDiagonalMask.from_seqlens),"
+        f" give bias.materialize(...) as a tensor, or {_LEAVE_OUT}"
+    )
+
+
+def _four_axes(bias: Tensor, query: Tensor) -> Tensor:
+    """(B, H, M, N), from the axes that go with those of the query."""
+    if bias.dim() != query.dim():
+        raise RequestError(
+            f"got attn_bias {list(bias.shape)} for query {list(query.shape)}, takes (B, M, N) for 3 axes,"
+            " (B, H, M, N) for 4, (B, G, H, M, N) for 5: expand it"
+        )
+    return bias.unsqueeze(1) if bias.dim() == 3 else bias.flatten(1, -3)
+
+
+Sides = tuple[int | None, int | None, Align]
+
+_BANDS: Mapping[str, Callable[[Any], Sides]] = MappingProxyType(
+    {
+        "LowerTriangularMask": lambda bias: (None, 0, "upper-left"),
+        "LowerTriangularFromBottomRightMask": lambda bias: (None, 0, "lower-right"),
+        "LowerTriangularFromBottomRightLocalAttentionMask": lambda bias: (bias._window_size - 1, 0, "lower-right"),
+        "LocalAttentionFromBottomRightMask": lambda bias: (bias.window_left, bias.window_right, "lower-right"),
+    }
+)
+_BLOCKS: Mapping[str, Callable[[Any], Sides]] = MappingProxyType(
+    {
+        "BlockDiagonalMask": lambda bias: (None, None, "upper-left"),
+        "BlockDiagonalCausalMask": lambda bias: (None, 0, "upper-left"),
+        "BlockDiagonalCausalFromBottomRightMask": lambda bias: (None, 0, "lower-right"),
+        "BlockDiagonalCausalLocalAttentionMask": lambda bias: (bias._window_size - 1, 0, "upper-left"),
+        "BlockDiagonalCausalLocalAttentionFromBottomRightMask": lambda bias: (
+            bias._window_size - 1,
+            0,
+            "lower-right",
+        ),
+    }
+)
+"""Bounds to the left and right, and how the diagonal is aligned, in all or in each block."""
+
+
+def _blocks(bias: Any, q: Tensor, k: Tensor) -> Mask:
+    """Packed sequences, whose lengths such a bias has on the host; the mask is made once for all layers."""
+    if q.shape[0] != 1:
+        raise RequestError(
+            f"got a batch of {q.shape[0]} with {type(bias).__name__}, takes 1 with all sequences end to end: pack them"
+        )
+    left, right, align = _BLOCKS[type(bias).__name__](bias)
+    q_starts, k_starts = (tuple(info.seqstart_py) for info in (bias.q_seqinfo, bias.k_seqinfo))
+
+    def make() -> Mask:
+        q_lengths, k_lengths = (
+            [end - start for start, end in itertools.pairwise(starts)] for starts in (q_starts, k_starts)
+        )
+        return _within(Documents(q_lengths, k_lengths), left, right, align, q)
+
+    state = (q_starts, k_starts, left, right)
+    return _kept(bias, bias.k_seqinfo, state, (q.shape[2], k.shape[2], q.device), make)
