@@ -81,7 +81,7 @@ def attention(
     """
     if type(require) is not tuple and type(require) is not str:
         require = tuple(require)  # read once: it may be a generator
-    if torch._C._is_any_autocast_enabled() and _casts(q):
+    if torch._C._is_any_autocast_enabled() and casts(q):
         return _autocast(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
     if (
         is_compiling()
@@ -140,7 +140,7 @@ def explain(
     >>> print(str(explain(q, q, q, backend="sage")).splitlines()[0])
     no backend: sage was asked for by name and does not take it
     """
-    if _casts(q):
+    if casts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     request = _request(q, k, v, mask, scale, dropout, softcap, sinks, require, return_lse)
@@ -501,7 +501,7 @@ def _transforming() -> bool:
     return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def _casts(q: Tensor) -> bool:
+def casts(q: Tensor) -> bool:
     """Whether autocast would compute in a dtype of its own."""
     kind = q.device.type
     return q.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -575,23 +576,91 @@ def test_parametrised_projections_act(norm: str, where: str) -> None:
     assert parametrize.is_parametrized(ours) or parametrize.is_parametrized(ours.out_proj)
 
 
+def normed(module: Any, name: str = "in_proj_weight") -> None:
+    parametrizations.weight_norm(module, name)
+    with torch.no_grad():
+        module.parametrizations[name].original0.mul_(1.3)
+
+
 def test_a_parametrization_that_comes_after_the_swap() -> None:
-    """It acts, and undo says what is in the way, with the remedy."""
+    """It acts, and stays when the swap is undone."""
     stock = nn.MultiheadAttention(SIZE, HEADS, batch_first=True).double()
     ours = copy.deepcopy(stock)
     done = swap(ours)
-    for module in (stock, ours):
-        parametrizations.weight_norm(module, "in_proj_weight")
-        with torch.no_grad():
-            module.parametrizations.in_proj_weight.original0.mul_(1.3)
+    normed(stock), normed(ours)
     x = rand(2, 4, SIZE)
     assert torch.allclose(ours(x, x, x)[0], stock(x, x, x)[0])
-    with pytest.raises(HeadwayError, match="remove_parametrizations"):
-        done.undo()
-    parametrize.remove_parametrizations(ours, "in_proj_weight")
+    assert runs(ours) == runs(copy.deepcopy(ours)) == [1]
     done.undo()
+    assert site_of(ours) is None
+    assert type(ours).__name__ == type(stock).__name__ == "ParametrizedMultiheadAttention"
+    assert type(ours).__mro__[1:] == type(stock).__mro__[1:]
+    assert torch.equal(ours(x, x, x)[0], stock(x, x, x)[0])
+    parametrize.remove_parametrizations(ours, "in_proj_weight")
     assert type(ours) is nn.MultiheadAttention
-    assert torch.allclose(ours(x, x, x)[0], stock(x, x, x)[0])
+    torch.testing.assert_close(ours(x, x, x)[0], stock(x, x, x)[0])
+
+
+@pytest.mark.parametrize("first", ("parametrize", "swap"))
+@pytest.mark.parametrize("inside", (True, False), ids=("in a layer", "alone"))
+def test_a_parametrization_that_is_removed_from_a_swapped_module(first: str, inside: bool) -> None:
+    """It raised AttributeError with the weight already changed; the module stays swapped."""
+    torch.manual_seed(0)
+    ours: nn.Module = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True).eval()
+    ours = ours if inside else ours.self_attn
+    module = ours.self_attn if inside else ours
+    if first == "parametrize":
+        normed(module)
+    done = swap(ours)
+    if first == "swap":
+        normed(module)
+    given = (rand(2, 4, 16).float(),) * (1 if inside else 3)
+    before = ours(*given)
+    parametrize.remove_parametrizations(module, "in_proj_weight")
+    assert not parametrize.is_parametrized(module)
+    assert "in_proj_weight" in dict(module.named_parameters())
+    torch.testing.assert_close(ours(*given), before)
+    assert runs(ours) == [2]
+    done.undo()
+    assert type(module) is nn.MultiheadAttention
+    torch.testing.assert_close(ours(*given), before)
+
+
+def test_one_parametrization_of_two_is_removed_and_another_added() -> None:
+    """The class after the undo has what the module has then; that of a copy made before the swap stays as it is."""
+    stock = nn.MultiheadAttention(SIZE, HEADS, kdim=6, vdim=6, batch_first=True).double()
+    normed(stock, "q_proj_weight"), normed(stock, "k_proj_weight")
+    ours = copy.deepcopy(stock)  # PyTorch gives both one class
+    assert type(ours) is type(stock)
+    done = swap(ours)
+    x, y = rand(2, 4, SIZE), rand(2, 5, 6)
+    want = stock(x, y, y)[0]
+    parametrize.remove_parametrizations(ours, "q_proj_weight")
+    torch.testing.assert_close(ours(x, y, y)[0], want)
+    torch.testing.assert_close(stock(x, y, y)[0], want)
+    parametrizations.weight_norm(ours, "v_proj_weight")
+    torch.testing.assert_close(ours(x, y, y)[0], want)
+    done.undo()
+    assert parametrize.type_before_parametrizations(ours) is nn.MultiheadAttention
+    assert set(ours.parametrizations) == {"k_proj_weight", "v_proj_weight"}
+    torch.testing.assert_close(ours(x, y, y)[0], want)
+    torch.testing.assert_close(stock(x, y, y)[0], want)
+    for name in ("k_proj_weight", "v_proj_weight"):
+        parametrize.remove_parametrizations(ours, name)
+    assert type(ours) is nn.MultiheadAttention
+    torch.testing.assert_close(ours(x, y, y)[0], want)
+
+
+def test_a_class_that_another_tool_made_of_a_swapped_one_is_named() -> None:
+    module = nn.MultiheadAttention(SIZE, HEADS)
+    done = swap(module)
+    ours = type(module)
+    module.__class__ = type("Other", (ours,), {})
+    with pytest.raises(HeadwayError, match="got '' of a class Other that another tool made.*undo that first"):
+        done.undo()
+    module.__class__ = ours
+    done.undo()
+    assert type(module) is nn.MultiheadAttention
 
 
 def test_hooks_on_out_proj_fire() -> None:
@@ -634,6 +703,124 @@ def test_lora_of_peft_on_out_proj_trains() -> None:
     assert not torch.allclose(adapted(x), without)
     done.undo()
     torch.testing.assert_close(adapted(x), without)
+
+
+def adapted(model: nn.Module) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+@pytest.mark.parametrize("padded", (False, True), ids=("whole", "padded"))
+@pytest.mark.parametrize("first", ("adapters", "swap"))
+def test_adapters_of_peft_on_the_module_itself(first: str, padded: bool) -> None:
+    """Added to a swapped model they were refused; PyTorch's fast path would skip them in eval without gradients."""
+    plain = encoder()
+    ours = copy.deepcopy(plain)
+    classes = [type(module) for module in plain.modules()]
+    if first == "swap":
+        swap(ours)
+        model = adapted(ours)
+    else:
+        model = adapted(ours)
+        swap(model)
+    stock = adapted(copy.deepcopy(plain)).train()  # in eval and without gradients its adapters are skipped
+    x = torch.randn(2, 6, 16)
+    filler = torch.tensor([[False] * 6, [False] * 4 + [True] * 2]) if padded else None
+    valid = slice(None) if filler is None else ~filler
+    truth = stock(x, src_key_padding_mask=filler)
+    for name in MODES[:6]:
+        before = runs(model)
+        with mode(name, model):
+            out = model(x, src_key_padding_mask=filler)
+        assert runs(model) == [count + 1 for count in before], name
+        torch.testing.assert_close(out[valid], truth[valid], atol=5e-6, rtol=1e-5)
+    model.train()(x, src_key_padding_mask=filler)[valid].square().sum().backward()
+    truth[valid].square().sum().backward()
+    lora = {name: p.grad for name, p in model.named_parameters() if "lora" in name}
+    assert lora
+    for name, p in stock.named_parameters():
+        if "lora" in name:
+            torch.testing.assert_close(lora[name], p.grad, atol=1e-4, rtol=1e-4)
+    assert list(model.state_dict()) == list(stock.state_dict())
+    undo(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+    assert [type(m) for m in model.unload().modules()] == classes
+
+
+def test_adapters_merged_into_a_swapped_model() -> None:
+    ours, stock = encoder(), encoder()
+    swap(ours)
+    x = torch.randn(2, 6, 16)
+    merged, want = adapted(ours).merge_and_unload(), adapted(stock).merge_and_unload()
+    torch.testing.assert_close(merged.eval()(x), want.eval()(x), atol=5e-6, rtol=1e-5)
+    assert runs(merged) == [1, 1]
+
+
+class Calling(nn.TransformerEncoderLayer):
+    """Is two sites: its self_attn, and a call of its own."""
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return F.scaled_dot_product_attention(src, src, super().forward(src, *args, **kwargs))
+
+
+def test_a_layer_that_is_a_site_too_is_undone_to_its_class() -> None:
+    layer = Calling(16, 2, 32, 0.0, batch_first=True).eval()
+    x = torch.randn(2, 6, 16)
+    want = layer(x)
+    for _ in range(2):
+        done = swap(layer, x)
+        assert len(done.census.swapped) == 2
+        with torch.no_grad():
+            before = runs(layer)
+            torch.testing.assert_close(layer(x), want, atol=5e-6, rtol=1e-5)
+        assert runs(layer) == [count + 1 for count in before]
+    done.undo()
+    assert [type(module) for module in (layer, layer.self_attn)] == [Calling, nn.MultiheadAttention]
+
+
+def test_a_module_swapped_alone_keeps_a_layer_around_it_from_skipping_it() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    swap(layer.self_attn)
+    with torch.no_grad():
+        layer(torch.randn(2, 6, 16))
+    assert runs(layer) == [1]
+
+
+def test_a_swapped_module_is_initialised_anew_as_before() -> None:
+    stock = encoder()
+    ours = copy.deepcopy(stock)
+    swap(ours)
+    for model in (stock, ours):
+        torch.manual_seed(5)
+        model.layers[0].self_attn._reset_parameters()
+    assert torch.equal(ours.layers[0].self_attn.in_proj_weight, stock.layers[0].self_attn.in_proj_weight)
+
+
+class Loud(nn.TransformerEncoderLayer):
+    """Adds to what super().forward gives."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs) * 2
+
+
+def test_a_subclass_of_a_layer_keeps_its_additions_and_its_copies_are_swapped() -> None:
+    stock = Loud(16, 2, 32, 0.0, batch_first=True).eval()
+    ours = copy.deepcopy(stock)
+    swap(ours)
+    assert isinstance(ours, Loud)
+    x = torch.randn(2, 6, 16)
+    with torch.no_grad():
+        for each in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            before = runs(each)
+            torch.testing.assert_close(each(x), stock(x), atol=5e-6, rtol=1e-5)
+            assert runs(each) == [count + 1 for count in before]
+    undo(ours)
+    assert type(ours) is Loud
+    assert ours.__dict__.keys() == stock.__dict__.keys()
+    assert ours.activation_relu_or_gelu == stock.activation_relu_or_gelu == 1
 
 
 @pytest.mark.parametrize("padded", (False, True))

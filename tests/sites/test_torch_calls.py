@@ -557,3 +557,38 @@ def test_products_of_all_arguments_through_attend() -> None:
         kwargs = {"attn_mask": attn_mask, "is_causal": causal, "enable_gqa": gqa, "scale": scale}
         mine, theirs = torch_calls.attend(site, q, k, v, **kwargs), F.scaled_dot_product_attention(q, k, v, **kwargs)
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("first", ("parametrize", "swap"))
+@pytest.mark.parametrize("removed", (True, False))
+def test_a_module_that_is_parametrised_itself(first: str, removed: bool) -> None:
+    """Before the swap or after it; what is removed meanwhile is gone, what is not stays when the swap is undone."""
+
+    class Weighs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q @ self.weight)
+
+    torch.manual_seed(0)
+    model, x = Weighs(), torch.randn(2, 3, 4)
+    if first == "parametrize":
+        torch.nn.utils.parametrizations.weight_norm(model)
+    want, kind = model(x), type(model)
+    done = swap(model, x)
+    assert done.census.swapped
+    if first == "swap":
+        torch.nn.utils.parametrizations.weight_norm(model)
+    torch.testing.assert_close(model(x), want)
+    if removed:
+        torch.nn.utils.parametrize.remove_parametrizations(model, "weight")
+    torch.testing.assert_close(model(x), want)
+    assert all(runs(model).values())
+    done.undo()
+    torch.testing.assert_close(model(x), want)
+    if (first == "swap") == removed:
+        assert type(model) is kind
+    assert torch.nn.utils.parametrize.type_before_parametrizations(model) is Weighs
+    assert torch.nn.utils.parametrize.is_parametrized(model) is not removed

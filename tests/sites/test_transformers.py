@@ -590,6 +590,48 @@ def test_the_config_of_a_swapped_model_is_copied_without_the_swap():
         assert config._attn_implementation == "sdpa"
 
 
+MAKE = {
+    "its class": lambda model: type(model)(model.config),
+    "_from_config": lambda model: type(model)._from_config(model.config),
+    "AutoModel": lambda model: tf.AutoModelForCausalLM.from_config(model.config),
+}
+
+
+@pytest.mark.parametrize("make", MAKE)
+def test_a_model_made_of_a_swapped_models_config_works_and_leaves_no_trace(make):
+    model = decoder("llama")
+    config, inputs = model.config, {"input_ids": ids(2, 9), "attention_mask": real("left")}
+    want = model(**inputs).logits
+    before = dict(config.__dict__)
+    undo, tickets = swap(model)
+    other = MAKE[make](model).eval()
+    assert dict(config.__dict__) == before  # it said 'headway' for good
+    assert model.config._attn_implementation == "headway"
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(**inputs).logits[1], want[1], atol=1e-5, rtol=1e-5)
+    assert not any(ticket.runs for ticket in tickets)
+    assert all(site_of(module) is None for module in other.modules())
+    undo()
+    assert other.config._attn_implementation == "sdpa"
+    assert torch.equal(other(**inputs).logits, want)
+    swap(model)
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_a_model_made_of_a_swapped_models_config_is_swapped_and_undone_alone():
+    model = decoder("llama")
+    swap(model)
+    other = filled(type(model)(model.config))
+    ours.restore(other)
+    assert type(other.config) is tf.LlamaConfig
+    assert other.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "headway"
+    undo, _ = swap(other)
+    undo()
+    assert other.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "headway"
+
+
 @pytest.mark.parametrize("other", ["sdpa", "eager"])
 def test_another_attention_set_by_name_is_what_runs(other):
     model = decoder("llama")

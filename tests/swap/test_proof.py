@@ -229,6 +229,83 @@ def test_a_model_that_casts_inside_is_judged_by_itself_and_said_so(monkeypatch: 
     assert swap(model, batch()).census.swapped == ()
 
 
+class Numpy(nn.Module):
+    """Takes its second input, and with `of_weights` what comes of its weights, as a NumPy array."""
+
+    def __init__(self, of_weights: bool = False) -> None:
+        super().__init__()
+        self.own, self.of_weights = Own(), of_weights
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        out: Tensor = self.own(x * float(scale.numpy()[0]) + shift)
+        return out + float(out.numpy().mean()) if self.of_weights else out
+
+
+def test_an_input_that_a_model_takes_as_an_array_is_left_out_of_the_gradients_and_said_so(tmp_path: Path) -> None:
+    done = swap(Numpy().eval(), (batch(), torch.ones(3), torch.ones(16)))
+    certificate = done.certificate
+    assert certificate is not None
+    assert certificate.passed, str(done)
+    assert [proof.judge for proof in certificate.proofs] == ["float64"]
+    whole = certificate.whole
+    assert whole is not None
+    text = "float64, without gradients of input 1 (RuntimeError: Can't call numpy() on Tensor that requires grad."
+    assert whole.judge.startswith(text)
+    assert f"the whole model is judged by {whole.judge}" in str(certificate)
+    judged = {errors.what for errors in whole.errors}
+    assert {"forward", "gradient of input 0", "gradient of input 2", "gradient of own.qkv.weight"} <= judged
+    assert "gradient of input 1" not in judged
+    assert read(certificate.save(tmp_path / "c.json")) == certificate
+
+
+def test_a_model_that_takes_what_its_weights_give_as_an_array_is_judged_forward() -> None:
+    with torch.no_grad():  # as it has to be run
+        Numpy(of_weights=True)(batch(), torch.ones(3), torch.ones(16))
+    done = swap(Numpy(of_weights=True).eval(), (batch(), torch.ones(3), torch.ones(16)))
+    assert done.certificate is not None
+    assert done.certificate.passed, str(done)
+    whole = done.certificate.whole
+    assert whole is not None
+    assert whole.judge.startswith("float64, without any gradient (RuntimeError: Can't call numpy()")
+    assert [errors.what for errors in whole.errors] == ["forward"]
+
+
+class OwnNumpy(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + float(x.numpy().mean())
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_mistake_in_a_site_that_takes_arrays_is_still_found(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    if wrong:
+        monkeypatch.setattr(Site, "attend", scale_wrong)
+    done = swap(nn.Sequential(OwnNumpy()).eval(), batch() * 4)
+    assert done.certificate is not None
+    (proof,) = done.certificate.proofs
+    assert "without gradients of input 0" in proof.judge
+    assert done.certificate.passed is not wrong
+
+
+class Raises(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Own()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            raise RuntimeError("no gradients here")
+        out: Tensor = self.own(x)
+        return out
+
+
+def test_other_exceptions_of_a_model_are_its_own() -> None:
+    model = Raises()
+    with pytest.raises(RuntimeError, match="no gradients here"):
+        swap(model, batch())
+    assert type(model.own) is Own
+
+
 def test_rows_that_see_nothing_are_left_out_and_counted() -> None:
     """PyTorch says NaN there, which judges nothing; the certificate says what share could be judged."""
 

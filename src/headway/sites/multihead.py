@@ -33,8 +33,12 @@ class Multihead(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """False, which keeps the fast path of PyTorch's transformer layers away: it would skip our forward."""
-        return False
+        """As it is, but False where nobody knows what this module is in.
+
+        It could be a layer of PyTorch's, whose fast path would skip our forward. In a swapped model `Layer` answers.
+        """
+        alone = HELD in self.__dict__ and not self.__dict__[HELD].ticket.name
+        return not alone and self.__dict__["_qkv_same_embed_dim"]
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
@@ -194,7 +198,7 @@ def _why_not(module: nn.MultiheadAttention) -> str:
         where = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
         return f"{type(module).__name__} computes attention in a forward of its own{where}"
     if "_qkv_same_embed_dim" in code.co_names:
-        return f"{type(module).__name__}'s own forward reads _qkv_same_embed_dim, which swapped is always False"
+        return f"{type(module).__name__}'s own forward reads _qkv_same_embed_dim, which swapped may be False"
     return ""
 
 
@@ -211,15 +215,48 @@ def notes(model: nn.Module) -> Iterator[str]:
 def apply(model: nn.Module, sites: Mapping[str, Site]) -> None:
     """Give each named module its site and its new class, or none of them."""
     set_role(model, sites, Multihead)
-    take_role(model, Encoder)
-    set_role(model, dict.fromkeys(_encoders(model)), Encoder)
+    _set_around(model)
 
 
 def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
     """Give back the classes, of all sites or of the named; the very objects are as before."""
     take_role(model, Multihead, names)
+    _set_around(model)
+
+
+def _set_around(model: nn.Module) -> None:
+    """What is around swapped modules has its class, and nothing else has."""
     take_role(model, Encoder)
+    take_role(model, Layer)
     set_role(model, dict.fromkeys(_encoders(model)), Encoder)
+    set_role(model, dict.fromkeys(_layers(model)), Layer)
+
+
+class Layer(nn.TransformerEncoderLayer):
+    """What the class of a layer of a swapped module inherits: its fast path would skip the module's forward."""
+
+    @property
+    def activation_relu_or_gelu(self) -> int:
+        """0, for which there is no fast path; nothing else asks. Adapters around the module need its own answers."""
+        return 0
+
+    @activation_relu_or_gelu.setter
+    def activation_relu_or_gelu(self, value: int) -> None:
+        self.__dict__["activation_relu_or_gelu"] = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rejoin(self, protocol)
+
+
+def _layers(model: nn.Module) -> Iterator[str]:
+    """The layers whose attention is swapped, or something around it, such as an adapter."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.TransformerEncoderLayer) or "activation_relu_or_gelu" not in module.__dict__:
+            continue
+        attention = getattr(module, "self_attn", None)
+        swapped = attention is not None and any(isinstance(inner, Multihead) for inner in attention.modules())
+        if swapped and not isinstance(module, Layer):  # another role may lie over this one
+            yield name
 
 
 class Encoder(nn.TransformerEncoder):

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from headway.errors import SwapError
 from headway.sites.site import HELD, Site
@@ -18,7 +19,7 @@ def set_role(model: nn.Module, sites: Mapping[str, Site | None], role: type) -> 
     try:
         for name, site in sites.items():
             module = modules[name]
-            module.__class__ = class_with(role, type(module))  # type: ignore[arg-type]  # types are hashable
+            module.__class__ = _playing(role, module)
             if site is not None:
                 module.__dict__[HELD] = site
     except BaseException:
@@ -34,15 +35,52 @@ def take_role(model: nn.Module, role: type, names: Collection[str] | None = None
         if getattr(type(module), "_role", None) is role and (names is None or name in names)
     ]
     for name, module in playing:
-        if "_original" not in type(module).__dict__:
+        made = type(module).__bases__[0] if _is_parametrized(module) else type(module)
+        if "_original" not in made.__dict__:
             raise SwapError(
                 f"got {name!r} of a class {type(module).__name__} that another tool made of the swapped one;"
-                " undo that first (for parametrizations: torch.nn.utils.parametrize.remove_parametrizations)"
+                " undo that first"
             )
     for _, module in playing:
-        if "_original" in type(module).__dict__:  # the same module may be here by several names
-            module.__class__ = type(module).__dict__["_original"]
+        if getattr(type(module), "_role", None) is role:  # the same module may be here by several names
+            module.__class__ = _before(module)
             module.__dict__.pop(HELD, None)
+
+
+def _playing(role: type, module: nn.Module) -> type:
+    """The class of a module once it plays a role."""
+    kind = type(module)
+    if not _is_parametrized(module):
+        return class_with(role, kind)  # type: ignore[arg-type]  # types are hashable
+    return _parametrized(kind, class_with(role, kind.__bases__[0]), {"_parametrized": kind})
+
+
+def _before(module: nn.Module) -> type:
+    """The class of a module that plays no role any more."""
+    kind = type(module)
+    if not _is_parametrized(module):
+        return kind.__dict__["_original"]  # type: ignore[no-any-return]
+    was: type | None = kind.__dict__.get("_parametrized")
+    if was is not None and was.__dict__.keys() | {"_parametrized"} == kind.__dict__.keys():
+        return was
+    return _parametrized(kind, kind.__bases__[0].__dict__["_original"], {})  # it was parametrized otherwise meanwhile
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    """Whether its class is one that torch.nn.utils.parametrize made, for it and its copies, of its own class.
+
+    PyTorch wants that class on top: when the last parametrization is removed it goes on with the one below.
+    """
+    kind = type(module)
+    mine = {"_original", "_role"} & kind.__dict__.keys()
+    return parametrize.is_parametrized(module) and kind.__name__.startswith("Parametrized") and not mine
+
+
+def _parametrized(like: type, base: type, more: dict[str, Any]) -> type:
+    """The same parametrizations over another class."""
+    theirs = "__dict__", "__weakref__", "_parametrized"
+    held = {name: value for name, value in vars(like).items() if name not in theirs}
+    return type(like.__name__, (base,), held | more)
 
 
 @functools.cache

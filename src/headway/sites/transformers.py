@@ -22,12 +22,10 @@ from torch.compiler import is_compiling
 from torch.utils.weak import WeakIdKeyDictionary
 
 from headway.attention import attention
-from headway.backends import reference
-from headway.backends.kernel import Extras, repeat_kv
 from headway.errors import RequestError
 from headway.masks import Bias, Causal, Documents, Frame, Full, Mask, Padding, Window, from_transformers
 from headway.sites.seen import Seen
-from headway.sites.site import HELD, Found, Site, site_of
+from headway.sites.site import HELD, Found, Site, in_full, site_of
 
 KIND = "transformers"
 NAME = "headway"
@@ -102,10 +100,10 @@ def attend(
     parts = [mask, _packed(kwargs, q, k), None if position_bias is None else Bias(position_bias)]
     mask = _all(*(part for part in parts if part is not None))
     wants: dict[str, Any] = {"scale": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
-    if _wants_weights(module, kwargs):
-        out, weights = _in_full(module, q, k, v, mask, **wants)
-        return out.transpose(1, 2).contiguous(), nn.functional.pad(weights, (0, kv_len - k.shape[2]))
     site = site_of(module)
+    if _wants_weights(module, kwargs):
+        out, weights = (in_full if site is None else site.in_full)(q, k, v, mask, **wants)
+        return out.transpose(1, 2).contiguous(), nn.functional.pad(weights, (0, kv_len - k.shape[2]))
     out = attention(q, k, v, mask, **wants) if site is None else site.attend(q, k, v, mask, **wants)
     return out.transpose(1, 2).contiguous(), None
 
@@ -218,21 +216,6 @@ def _wants_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         return True
     collected = [collector.get() or () for collector in _COLLECTORS]
     return any(key.endswith("attentions") for keys in collected for key in keys)
-
-
-def _in_full(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *,
-    scale: float | None, dropout: float, softcap: float | None, sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention in full, for callers that want its weights; as eager attention has them, those that dropout left."""
-    frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
-    extras = Extras(scale, dropout, softcap, sinks)
-    weights, _ = reference.weigh(q, k, reference.lower(mask, frame, q.dtype), extras)
-    _, v = repeat_kv(q, k, v)
-    site = site_of(module)
-    if site is not None and not is_compiling():
-        site.ticket.in_full += 1
-    return (weights @ v.to(weights.dtype)).to(v.dtype), weights.to(q.dtype)
 
 
 # -- the mask ---------------------------------------------------------------------------------------------------------
@@ -610,7 +593,7 @@ class _View:
     _of: Any
     """The config itself."""
     _on: bool
-    """False once another attention is set through this view: set_attn_implementation has the last word."""
+    """False once another attention is set through this view, which has the last word, or the swap is undone."""
     _makes_masks: bool
     """True if the models that hold this config see it through the view as well."""
 
@@ -625,6 +608,8 @@ def _view_class(cls: Hashable) -> type:
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
         if name == _INTERNAL:
+            if self._on and value == NAME:
+                return  # a new model of this config writes what it read: that would outlive the swap
             object.__setattr__(self, "_on", False)
         own.__setattr__(self, name, value)
 
@@ -702,11 +687,16 @@ def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
 
 def _put_back(model: nn.Module, modules: Collection[nn.Module]) -> None:
     changed = [module for module in modules if _is_viewed(module)]
+    of_sites = [module.__dict__["config"] for module in changed if HELD in module.__dict__]
     for module in changed:
         module.__dict__["config"] = _plain(module.__dict__["config"])
         module.__dict__.pop(HELD, None)
     if changed:
         _settle(model)
+    left = [id(view) for view in _views(model).values()]
+    for view in of_sites:
+        # Other models that were made of a swapped model's config hold its view too.
+        object.__setattr__(view, "_on", view._on and id(view) in left)
 
 
 def _settle(model: nn.Module) -> None:

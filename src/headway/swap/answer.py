@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from headway.sites.seen import Inputs
 
 SEED = 7
+
+NO_ARRAY = "Can't call numpy() on Tensor that requires grad"
+NO_COPY = "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol"
+"""What PyTorch says to a forward that is at fault only in that its tensors have gradients."""
 
 
 @dataclasses.dataclass
@@ -35,21 +39,23 @@ def answer(
     dtype: torch.dtype | None = None,
     among: Answer | None = None,
     seeing: Tensor | None = None,
+    without: Collection[str] | None = (),
 ) -> Answer:
     """The first `at_most` floating-point outputs, and the gradients of a fixed mix of what is finite in `among`.
 
     What comes out for queries that are not `seeing` anything is nobody's to judge: 0, a mean or NaN, by the kernel.
+    The inputs named in `without` have no gradients; None means that nothing has.
     """
     given: list[Tensor] = []
-    args, kwargs = _mapped((inputs.args, inputs.kwargs), dtype, given)
+    args, kwargs = _mapped((inputs.args, inputs.kwargs), dtype, given, names_of(inputs) if without is None else without)
     torch.manual_seed(SEED)
     fresh = _random_state(module)
-    with torch.enable_grad(), contextlib.ExitStack() as stack:
+    with torch.set_grad_enabled(without is not None), contextlib.ExitStack() as stack:
         for kind, cast in inputs.casts if dtype is None else ():
             stack.enter_context(torch.autocast(kind, cast))
         outputs = list(tensors_of(module(*args, **kwargs)))[:at_most]
         drew = any(not torch.equal(*pair) for pair in zip(fresh, _random_state(module), strict=True))
-        wanted = {f"input {i}": x for i, x in enumerate(given)}
+        wanted = {f"input {i}": x for i, x in enumerate(given) if x.requires_grad}
         wanted |= {name: p for name, p in module.named_parameters() if p.requires_grad}
         judged = [_over_rows(out, seeing) for out in outputs]
         if among is not None:
@@ -66,6 +72,18 @@ def answer(
         mixed = torch.stack([(out * _mix(out).masked_fill(~rows, 0.0)).sum() for out, rows in ends]).sum()
         gradients = torch.autograd.grad(mixed, list(wanted.values()), allow_unused=True)
     return Answer(shown, dict(zip(wanted, gradients, strict=True)), drew)
+
+
+def wants_no_gradients(error: RuntimeError) -> bool:
+    """Whether a forward would run if its tensors had no gradients."""
+    return str(error).startswith((NO_ARRAY, NO_COPY))
+
+
+def names_of(inputs: Inputs) -> list[str]:
+    """The inputs that have gradients, as answers name them."""
+    given: list[Tensor] = []
+    _mapped((inputs.args, inputs.kwargs), None, given, ())
+    return [f"input {i}" for i in range(len(given))]
 
 
 def _random_state(module: nn.Module) -> list[Tensor]:
@@ -111,15 +129,15 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(each)
 
 
-def _mapped(value: Any, dtype: torch.dtype | None, inputs: list[Tensor]) -> Any:
+def _mapped(value: Any, dtype: torch.dtype | None, inputs: list[Tensor], without: Collection[str]) -> Any:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value
-        made = value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
+        made = value.detach().to(dtype or value.dtype, copy=True).requires_grad_(f"input {len(inputs)}" not in without)
         inputs.append(made)
         return made.clone()  # which a module may write to
     if isinstance(value, dict):
-        return {key: _mapped(each, dtype, inputs) for key, each in value.items()}
+        return {key: _mapped(each, dtype, inputs, without) for key, each in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_mapped(each, dtype, inputs) for each in value)
+        return type(value)(_mapped(each, dtype, inputs, without) for each in value)
     return value if isinstance(value, nn.Module) else copy.deepcopy(value)

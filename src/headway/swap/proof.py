@@ -27,7 +27,7 @@ from headway.limits.machine import Machine
 from headway.sites import transformers
 from headway.sites.seen import Inputs, see
 from headway.sites.site import Ticket, site_of
-from headway.swap.answer import SEED, Answer, answer, rows_that_see
+from headway.swap.answer import SEED, Answer, answer, names_of, rows_that_see, wants_no_gradients
 from headway.swap.deck import Card, Shape, deal
 from headway.swap.judge import Errors, errors_of, with_usual
 from headway.swap.still import still
@@ -42,7 +42,7 @@ class Proof:
     name: str
     kind: str
     judge: str
-    """'float64', or why something else had to judge."""
+    """'float64', or why something else had to judge; and what gradients it could not judge."""
     backends: tuple[str, ...]
     errors: tuple[Errors, ...]
     wrong: str = ""
@@ -84,10 +84,14 @@ class Certificate:
         lines = [f"proof: {good} of {len(self.proofs)} sites err no more than before"]
         if self.whole is not None:
             lines.append(f"  the whole model: {self.whole.failure or _worst(self.whole)}")
+        lines += [f"  {_name(proof)} is judged by {proof.judge}" for proof in self._all() if WITHOUT in proof.judge]
         lines.append(f"  edge deck: {self._deck()}")
         lines += [f"  {proof.name}: {proof.failure}" for proof in self.proofs if proof.failure]
         lines += [f"  {card.case} on {card.backend}: {card.failure}" for card in self.deck if card.failure]
         return "\n".join(lines)
+
+    def _all(self) -> tuple[Proof, ...]:
+        return self.proofs if self.whole is None else (*self.proofs, self.whole)
 
     def _deck(self) -> str:
         ran = [card for card in self.deck if card.backend]
@@ -112,6 +116,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _name(proof: Proof) -> str:
+    return proof.name or "the whole model"
 
 
 def _worst(proof: Proof) -> str:
@@ -168,11 +176,12 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) -> Proof:
     name = ticket.name
     # Eager attention of transformers also returns weights that nobody asked for.
-    run = partial(answer, inputs=inputs, at_most=1 if ticket.kind == transformers.KIND else None)
+    run: Run = partial(answer, inputs=inputs, at_most=1 if ticket.kind == transformers.KIND else None)
     if any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__):
         run = partial(run, seeing=rows_that_see(inputs.kwargs.get("attention_mask")))
-    before = run(copied(module, restore))
+    run, before, left_out = _before(run, partial(copied, module, restore), inputs)
     judge, truth = _truth(copied(module, restore), run, before)
+    judge += left_out
     if _dtype(module) == torch.float64 and truth is not before:
         before = _as_rounded(copied(module, restore), run, before)
     ours = copy.deepcopy(module)
@@ -206,8 +215,32 @@ def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) 
 
 
 Run = Callable[..., Answer]
+WITHOUT = ", without "
 CANNOT = (RuntimeError, TypeError, ValueError, AssertionError)
 """What a model raises that casts inside its forward, in a dtype it did not reckon with."""
+
+
+def _before(run: Run, fresh: Callable[[], nn.Module], inputs: Inputs) -> tuple[Run, Answer, str]:
+    """What the model said before, with as many gradients as it runs with; and what those left out are of, and why."""
+    first = _tried(run, fresh)
+    if isinstance(first, Answer):
+        return run, first, ""
+    rest, left_out, names = partial(run, without=None), "any gradient", names_of(inputs)
+    if isinstance(_tried(partial(run, without=names), fresh), Answer):
+        alone = {name: partial(run, without=[other for other in names if other != name]) for name in names}
+        unasked = [name for name, one in alone.items() if not isinstance(_tried(one, fresh), Answer)]
+        rest, left_out = partial(run, without=unasked), f"gradients of {', '.join(unasked)}"
+    return rest, rest(fresh()), f"{WITHOUT}{left_out} ({_short(first)})"
+
+
+def _tried(run: Run, fresh: Callable[[], nn.Module]) -> Answer | RuntimeError:
+    """The answer, or what a model raised that would run if its tensors had no gradients: one that calls .numpy()."""
+    try:
+        return run(fresh())
+    except RuntimeError as error:
+        if not wants_no_gradients(error):
+            raise
+        return error
 
 
 def _truth(module: nn.Module, run: Run, before: Answer) -> tuple[str, Answer]:
