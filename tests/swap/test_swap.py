@@ -283,6 +283,9 @@ def test_a_second_swap_replaces_the_first() -> None:
             assert site.ticket in second.census.tickets
             assert name != "own"
     assert names(first) == SITES
+    with pytest.raises(SwapError, match="a later one has replaced"):
+        first.undo()
+    assert site_of(model.get_submodule(SITES[0])) is not None
     second.undo()
     assert state(model) == before
     second.undo()

@@ -34,13 +34,16 @@ class Swap:
 
     def undo(self) -> None:
         """Put back the very classes that were there before; nothing else was ever changed."""
+        here = [site.ticket for module in self.model.modules() if (site := site_of(module)) is not None]
+        if here and not any(ticket is mine for ticket in here for mine in self.census.tickets):
+            raise SwapError("got a swap that a later one has replaced; takes the later one, or headway.undo(model)")
         undo(self.model)
 
     def __enter__(self) -> Swap:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.undo()
+        undo(self.model)
 
     def __str__(self) -> str:
         proof = "not proven: no example was given" if self.certificate is None else str(self.certificate)
