@@ -9,7 +9,8 @@ import torch
 from report.made import Mixed, example, swapped
 from torch import Tensor, nn
 
-from headway.report import Pass, measure
+from headway.cli.example import why_not
+from headway.report import Pass, Report, measure, page
 from headway.report.times import twin
 from headway.sites.site import site_of
 from headway.swap import swap
@@ -85,3 +86,28 @@ def test_says_why_there_is_no_backward_pass() -> None:
     times = measure(one, (torch.randn(1, 4, 8),) * 3, backward=True, rounds=5)
     assert [one.name for one in times.passes] == ["forward"]
     assert "no output of the model has a gradient" in times.notes[0]
+
+
+def test_a_model_that_did_not_run_before_is_not_timed_and_the_report_says_so() -> None:
+    """An encoder whose attention another tool replaced crashes, and runs once swapped: there is nothing to beat."""
+
+    class Replacement(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 2
+            self.qkv, self.out_proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, key_padding_mask: object = None) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+            out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+            return out
+
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    layer.self_attn = Replacement()  # type: ignore[assignment]
+    model, x = layer.eval(), torch.randn(1, 4, 16)
+    assert why_not(model, x) == "", "it would run if it did what it means"
+    times = measure(swap(model, x), x)
+    assert times.passes == ()
+    assert "the model as it was does not run with the example: " in times.notes[0]
+    assert "nothing was timed" in page(Report.of(swap(model, x), title="replaced", times=times))

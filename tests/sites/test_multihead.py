@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from headway.errors import HeadwayError
-from headway.sites.multihead import meant
+from headway.sites.multihead import set_meant
 from headway.sites.site import site_of
 from headway.swap import swap, undo
 
@@ -953,5 +953,5 @@ def test_as_meant_runs_alone_without_gradients_too() -> None:
     with torch.no_grad():
         expected = module(x, x, x, need_weights=False)[0]
         module.out_proj = nn.Sequential(module.out_proj)  # type: ignore[assignment]
-        with meant(module):
-            torch.testing.assert_close(module(x, x, x, need_weights=False)[0], expected)
+        set_meant(module)
+        torch.testing.assert_close(module(x, x, x, need_weights=False)[0], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,8 @@ import typer
 from torch import Tensor, nn
 
 from headway.cli import hugging_face
-from headway.swap.still import still
-from headway.swap.swap import runner
+from headway.report.times import fails
+from headway.swap.swap import as_meant
 
 BATCH, LENGTH = 2, 32
 
@@ -34,15 +35,13 @@ def example_for(model: nn.Module) -> Any:
 
 
 def why_not(model: nn.Module, example: Any) -> str:
-    """What the model says to an example; '' if it runs."""
-    run = runner(example)
-    assert run is not None
-    try:
-        with still(model), torch.no_grad():
-            run(model)
-    except Exception as error:  # whatever a stranger's model raises
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return ""
+    """What the model says to an example; '' if it runs, or would if it did what it means, as it does once swapped."""
+    error = fails(model, example)
+    if not error:
+        return ""
+    meant = copy.deepcopy(model)
+    as_meant(meant)
+    return error if fails(meant, example) else ""
 
 
 def _guesses(model: nn.Module) -> Iterator[tuple[Any, ...] | dict[str, Any]]:

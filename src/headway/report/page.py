@@ -250,9 +250,11 @@ def _times(report: Report) -> Iterator[str]:
     if report.times is None:
         return
     yield '<section id="times"><h2>Times</h2>'
-    yield time_bars(report.times.passes)
     how = report.times.how[:1].upper() + report.times.how[1:]
-    yield f'<p class="quiet">{escape(how)}; the line spans four fifths of them.</p>'
+    if report.times.passes:
+        yield time_bars(report.times.passes)
+        how += "; the line spans four fifths of them"
+    yield f'<p class="quiet">{escape(how)}.</p>'
     yield from (f'<p class="quiet">Note: {escape(note)}.</p>' for note in report.times.notes)
     yield "</section>"
 

@@ -134,6 +134,9 @@ def measure(
     with still(swap.model):
         before, now = twin(swap.model), twin(swap.model)
         undo(before)
+        error = fails(before, example)
+        if error:
+            return Times((), "nothing was timed", (f"the model as it was does not run with the example: {error}",))
         kinds: list[tuple[str, Callable[[nn.Module], Work]]] = [("forward", lambda model: _forward(model, run))]
         notes = []
         if backward and _has_gradient(now, run):
@@ -148,6 +151,18 @@ def measure(
     how += f" with {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else ""
     how += ", by CUDA events" if device.type == "cuda" else ""
     return Times(passes, how, tuple(notes))
+
+
+def fails(model: nn.Module, example: Example) -> str:
+    """What the model says to the example; '' if it runs."""
+    run = runner(example)
+    assert run is not None
+    try:
+        with still(model), torch.no_grad():
+            run(model)
+    except Exception as error:  # whatever a stranger's model raises
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
 
 
 def twin(model: nn.Module) -> nn.Module:

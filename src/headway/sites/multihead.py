@@ -7,7 +7,6 @@ parametrizations, LoRA, quantised and other wrapped projections act.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -319,17 +318,6 @@ def set_meant(model: nn.Module) -> None:
     """Make a model that is not swapped do what it means, where PyTorch's shortcuts do something else or raise."""
     set_role(model, dict.fromkeys(_wrapped(model)), AsMeant)
     set_role(model, dict.fromkeys(_encoders(model, AsMeant)), Encoder)
-
-
-@contextlib.contextmanager
-def meant(model: nn.Module) -> Iterator[None]:
-    """`set_meant` inside, and afterwards as it was."""
-    try:
-        set_meant(model)
-        yield
-    finally:
-        take_role(model, Encoder)
-        take_role(model, AsMeant)
 
 
 def _wrapped(model: nn.Module) -> list[str]:

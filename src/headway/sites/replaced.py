@@ -21,7 +21,7 @@ from headway.sites import multihead
 from headway.sites.seen import Seen
 from headway.sites.site import Found, Site
 
-KIND = "replaced nn.MultiheadAttention"
+KIND = "replaced attention"
 
 WAS = "_headway_was"
 """The attribute of a module turned back that holds what it was: its class and its attributes."""
@@ -231,13 +231,20 @@ def _turned(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def notes(model: nn.Module) -> Iterator[str]:
     """What a swap changes that is no speed."""
+    places: dict[str, list[str]] = {}
     for found in find(model, None):
         if not found.because:
-            yield (
-                f"{found.name or 'the model'}: a {type(found.module).__name__} took an nn.MultiheadAttention's place;"
-                " swapped it is one again: masks, keys and values of their own, batch_first and need_weights act,"
-                " and its parameters have PyTorch's names; the proof compares with nn.MultiheadAttention"
-            )
+            places.setdefault(type(found.module).__name__, []).append(found.name or "the model")
+    for kind, names in places.items():
+        yield (
+            f"{kind} took an nn.MultiheadAttention's place ({_few(names)}); swapped each is one again: masks, keys and"
+            " values of their own, batch_first and need_weights act, and parameters have PyTorch's names; the proof"
+            " compares with nn.MultiheadAttention"
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}, {len(names)} of them"
 
 
 def apply(model: nn.Module, sites: Mapping[str, Site]) -> None:

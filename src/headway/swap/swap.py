@@ -146,12 +146,18 @@ def _put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Site]]) -> None
 
 
 def _as_it_was(model: nn.Module) -> None:
-    """Make a copy what the model was, as it was meant.
+    """Make a copy of a swapped model what it was, as it was meant."""
+    replaced.settle(model)
+    undo(model)
+    multihead.set_meant(model)
+
+
+def as_meant(model: nn.Module) -> None:
+    """Make a copy of a model that is not swapped do what it means, where it would do something else or raise.
 
     Wrapped projections, which PyTorch would not call or fail on, are called; what took a module's place is that module.
     """
-    replaced.settle(model)
-    undo(model)
+    replaced.turn_back(model)
     multihead.set_meant(model)
 
 
@@ -178,9 +184,9 @@ def _plan(
     seen = None
     if run is not None:
         looked_at = copy.deepcopy(model)  # a run may change more than it can be asked to put back
-        replaced.turn_back(looked_at)
+        as_meant(looked_at)
         kernels = kernel_calls.watch(looked_at)
-        with torch.inference_mode(False), still(looked_at), multihead.meant(looked_at):
+        with torch.inference_mode(False), still(looked_at):
             seen = see(looked_at, run)
         seen.kernels = kernels
     found = list(_found(model, seen))
