@@ -110,4 +110,4 @@ def test_a_model_that_did_not_run_before_is_not_timed_and_the_report_says_so() -
     times = measure(swap(model, x), x)
     assert times.passes == ()
     assert "the model as it was does not run with the example: " in times.notes[0]
-    assert "nothing was timed" in page(Report.of(swap(model, x), title="replaced", times=times))
+    assert "Nothing was timed" in page(Report.of(swap(model, x), title="replaced", times=times))
