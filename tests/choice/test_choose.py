@@ -188,7 +188,7 @@ def test_measured_times_go_before_the_declared_order(monkeypatch: pytest.MonkeyP
 # -- quarantine -------------------------------------------------------------------------------------------------------
 
 LONG = {"q_len": 70_000, "kv_len": 70_000, "kv_heads": 16}
-BLIND = seen_by("documents") | {"rows_may_be_empty": True}
+BLIND = seen_by("documents-cross") | {"rows_may_be_empty": True}
 STRUCK: dict[str, tuple[Machine, Request]] = {
     "cudnn-backward-half-tile": (H100, ask(**BF16, **LEARN, **seen_by("padding"), q_len=192, kv_len=192)),
     "cudnn-backward-one-query": (with_version(H200, cudnn="9.26.0"), ask(**BF16, **LEARN, q_len=1)),

@@ -136,7 +136,7 @@ def _odd_heads(request: Request) -> bool:
 
 
 def _documents_without_keys(request: Request) -> bool:
-    return request.needs_grad and request.rows_may_be_empty and "documents" in request.mask
+    return request.needs_grad and request.rows_may_be_empty and "documents-cross" in request.mask
 
 
 def _heads_of_32(request: Request) -> bool:
