@@ -385,3 +385,18 @@ def test_the_layout_is_batch_length_heads():
     theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     assert out.shape == (2, 5, 4, 16)
     torch.testing.assert_close(out, theirs.transpose(1, 2))
+
+
+def test_uses_of_one_model_are_undone_in_any_order_and_leave_later_choices() -> None:
+    model, _ = flux()
+    processors = [one.processor for one in model.modules() if hasattr(one, "processor")]
+    before = [getattr(one, "_attention_backend", None) for one in processors]
+    first, second = ours.use(model), ours.use(model)
+    first.undo()
+    second.undo()
+    assert [getattr(one, "_attention_backend", None) for one in processors] == before
+    third = ours.use(model)
+    for one in processors:
+        one._attention_backend = "native"
+    third.undo()
+    assert {one._attention_backend for one in processors} == {"native"}

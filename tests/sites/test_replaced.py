@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
+from headway.errors import SwapError
 from headway.sites import multihead
 from headway.sites.site import site_of
 from headway.swap import inspect, swap, undo
@@ -72,10 +73,9 @@ class Split(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(SIZE, SIZE, bias=bias) for _ in range(3))
         self.o_proj = nn.Linear(SIZE, SIZE, bias=False)
 
-    def forward(self, x: Tensor, key_padding_mask: Any = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Any = None, key_padding_mask: Any = None) -> Any:
         heads = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out: Tensor = self.o_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
-        return out
+        return self.o_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)), None
 
 
 class Sigma(nn.Module):
@@ -95,6 +95,53 @@ class Interleaved(FlashAttention):
         q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, 3, self.head_dim)).permute(3, 0, 2, 1, 4)
         out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
+
+
+class Masked(FlashAttention):
+    """With a mask of its own, or one that means something else."""
+
+    def keep(self, length: int) -> Tensor:
+        raise NotImplementedError
+
+    def attend(self, x: Tensor, keep: Any = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        keep = self.keep(x.shape[1]) if keep is None else keep
+        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v, keep).transpose(1, 2).flatten(2))
+        return out
+
+
+class Near(Masked):
+    def keep(self, length: int) -> Tensor:
+        return (torch.arange(length)[:, None] - torch.arange(length)).abs() <= 8
+
+
+class CausalFromZero(Masked):
+    """Whose result shows nothing before it has learnt."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        nn.init.zeros_(self.out_proj.weight)
+
+    def keep(self, length: int) -> Tensor:
+        return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+class KeepsWhereTrue(Masked):
+    """flash_attn's own MHA takes its key_padding_mask so."""
+
+    def forward(self, x: Tensor, attn_mask: Any = None, key_padding_mask: Any = None) -> Any:  # type: ignore[override]
+        keep = torch.ones(x.shape[:2], dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+        return self.attend(x, keep[:, None, None]), None
+
+
+class Bare(FlashAttention):
+    def forward(self, x: Tensor, attn_mask: Any = None, key_padding_mask: Any = None) -> Any:  # type: ignore[override]
+        return self.attend(x)
+
+
+class Lists(FlashAttention):
+    def forward(self, x: Tensor, attn_mask: Any = None, key_padding_mask: Any = None) -> Any:  # type: ignore[override]
+        return [self.attend(x)]
 
 
 class NeverRuns(FlashAttention):
@@ -219,7 +266,7 @@ def test_apart_and_wrapped_projections() -> None:
     torch.manual_seed(0)
     split = Split().double().eval()
     x = torch.randn(2, 6, SIZE, dtype=torch.float64)
-    before = split(x)
+    before = split(x)[0]
     with swap(split, x) as swapped:
         assert len(swapped.census.swapped) == 1
         assert "q_proj_weight" in split.state_dict()
@@ -262,6 +309,17 @@ def broken(change: Callable[[Any], None], kind: Any = FlashAttention) -> nn.Modu
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "interleaved": (lambda: broken(lambda m: None, Interleaved), "gives something else than nn.MultiheadAttention"),
+    "a window": (lambda: broken(lambda m: None, Near), "gives something else than nn.MultiheadAttention"),
+    "causal, from zero": (lambda: broken(lambda m: None, CausalFromZero), "gives something else than"),
+    "an inverted mask": (
+        lambda: broken(lambda m: None, KeepsWhereTrue),
+        "its key_padding_mask says which keys are seen",
+    ),
+    "a bare result": (lambda: broken(lambda m: None, Bare), "returns no pair of result and weights"),
+    "a list": (lambda: broken(lambda m: None, Lists), "gives something else than"),
+    "another dropout": (lambda: broken(lambda m: m.add_module("proj_drop", nn.Dropout(0.5))), "it holds proj_drop too"),
+    "no heads": (lambda: broken(lambda m: setattr(m, "num_heads", 0)), "its 0 heads do not divide its size"),
+    "on meta": (lambda: broken(lambda m: None).to("meta"), "its parameters are on the meta device"),
     "never runs": (lambda: broken(lambda m: None, NeverRuns), "only supports Ampere GPUs"),
     "wrapped qkv": (
         lambda: broken(lambda m: parametrizations.weight_norm(m.qkv)),
@@ -310,3 +368,27 @@ def test_a_failure_midway_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) 
         swap(model, padded())
     assert all(type(layer.self_attn) is FlashAttention for layer in model.layers)
     assert "qkv.weight" in model.layers[0].self_attn.state_dict()
+
+
+def test_what_comes_while_it_is_swapped_is_there_after_undo() -> None:
+    model = FlashAttention(SIZE, HEADS).double()
+    swap(model)
+    model.register_buffer("seen", torch.zeros(1))
+    model.extra = nn.Linear(2, 2)
+    model.learnt = nn.Parameter(torch.zeros(3))
+    undo(model)
+    assert {"seen", "extra.weight", "learnt", "qkv.weight"} <= model.state_dict().keys()
+
+
+def test_undo_refuses_all_or_nothing_where_a_weight_was_reparametrized() -> None:
+    model = nn.ModuleDict({"a": FlashAttention(SIZE, HEADS), "b": FlashAttention(SIZE, HEADS)})
+    swap(model)
+    prune.l1_unstructured(model["a"], "in_proj_weight", 0.3)
+    with pytest.raises(SwapError, match="got 'a' with in_proj_weight parametrized or pruned since the swap"):
+        undo(model)
+    assert site_of(model["a"]) is not None
+    assert site_of(model["b"]) is not None
+    prune.remove(model["a"], "in_proj_weight")
+    undo(model)
+    assert all(type(module) is FlashAttention for module in model.values())
+    assert bool((model["a"].qkv.weight == 0).any())

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import headway
 from headway.errors import RequestError, SwapError
+from headway.sites.noted import noted
 from headway.sites.site import site_of
 from headway.swap import maps, swap, undo
 
@@ -428,3 +429,22 @@ def test_no_example_and_compiled_models() -> None:
 def test_rows_by_any_sequence_of_numbers(make: Callable[..., Any]) -> None:
     inputs = qkv()
     close(of(inputs, make([1, 3]), torch.tensor(2)), textbook(*inputs[:2])[:, 2:3][:, :, [1, 3]])
+
+
+def test_two_runs_at_once_leave_the_model_its_own_sites() -> None:
+    """Each put back what it had found: the later one the stand-in of the earlier."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    swap(model, torch.randn(1, 4, 16))
+    site = site_of(model.self_attn)
+    first, second = (noted(model, lambda *_: None, counted=False) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert site_of(model.self_attn) is site
+    first, second = (noted(model, lambda *_: None, counted=False) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    second.__exit__(None, None, None)
+    first.__exit__(None, None, None)
+    assert site_of(model.self_attn) is site

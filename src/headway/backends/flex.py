@@ -45,13 +45,19 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 
 
 def _largest(mask: Mask, frame: Frame) -> Tensor:
-    """What a row adds at most to a score it sees.
+    """What a row adds at most to a score it sees, as far as that takes no more room than what is added itself.
 
     The kernel takes the largest score off the others by a fused multiplication, exact to one rounding of that score. In
     a row of -1e30 that is 1e22, and its exponential NaN: such a row was seen to give NaN on an H200.
     """
     with torch.no_grad():
-        largest = mask.to_additive(frame, torch.float32).amax(-1)
+        added = mask.added(frame, torch.float32)
+        assert added is not None  # the mask holds a bias
+        for part in getattr(mask, "parts", (mask,)):
+            keep = part.keep(frame)
+            if torch.broadcast_shapes(added.shape, keep.shape) == added.shape:
+                added = torch.where(keep, added, float("-inf"))
+        largest = added.amax(-1).to(torch.float32)
         largest = torch.where(largest.isneginf(), 0.0, largest)
     return largest.expand(frame.batch, frame.heads, frame.q_len)
 

@@ -61,8 +61,10 @@ class Use:
     before: tuple[tuple[Any, dict[str, Any]], ...] = dataclasses.field(repr=False)
 
     def undo(self) -> None:
-        """The processors ask for what they asked for before."""
+        """The processors that still ask for `headway` ask for what they asked for before."""
         for processor, held in self.before:
+            if getattr(processor, _CHOSEN) != NAME:
+                continue  # somebody chose otherwise since
             vars(processor).pop(_CHOSEN, None)
             vars(processor).update(held)
 
@@ -87,7 +89,8 @@ def use(model: nn.Module) -> Use:
             f"got a {type(model).__name__}: {why}; takes a model that asks diffusers' registry: use headway.swap"
         )
     processors = {id(modules[path].processor): modules[path].processor for path in names}  # some share one
-    before = tuple((one, {k: v for k, v in vars(one).items() if k == _CHOSEN}) for one in processors.values())
+    asking = [one for one in processors.values() if getattr(one, _CHOSEN) != name]  # the others are an earlier use's
+    before = tuple((one, {k: v for k, v in vars(one).items() if k == _CHOSEN}) for one in asking)
     for processor, _ in before:
         setattr(processor, _CHOSEN, name)
     return Use(names, left_alone, before)

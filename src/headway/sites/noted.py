@@ -65,14 +65,31 @@ class Noted(Site):
 def noted(model: nn.Module, note: Callable[[nn.Module, Call], None], *, counted: bool) -> Iterator[None]:
     """Inside, each call of a site of `model` is told to `note`, with its module; tickets count it if `counted`."""
     sites = {module: site for module in model.modules() if (site := site_of(module)) is not None}
+    noting: dict[nn.Module, Noted] = {}
+    for module, site in sites.items():
+        noting[module] = Noted(site, site.ticket if counted else _blank(site.ticket), functools.partial(note, module))
     try:
-        for module, site in sites.items():
-            ticket = site.ticket if counted else _blank(site.ticket)
-            module.__dict__[HELD] = Noted(site, ticket, functools.partial(note, module))
+        for module, stand_in in noting.items():
+            module.__dict__[HELD] = stand_in
         yield
     finally:
-        for module, site in sites.items():
-            module.__dict__[HELD] = site
+        with _LEAVING:
+            for module, mine in noting.items():
+                _leave(module, mine)
+
+
+_LEAVING = threading.Lock()
+
+
+def _leave(module: nn.Module, mine: Noted) -> None:
+    """Take one stand-in out, be it in front or behind that of a run which began meanwhile."""
+    front = module.__dict__[HELD]
+    if front is mine:
+        module.__dict__[HELD] = mine.site
+    while isinstance(front, Noted):
+        if front.site is mine:
+            front.site = mine.site
+        front = front.site
 
 
 def _blank(ticket: Ticket) -> Ticket:

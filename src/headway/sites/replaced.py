@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headway.errors import SwapError
 from headway.sites import multihead
 from headway.sites.seen import Seen
 from headway.sites.site import Found, Site
@@ -30,10 +31,12 @@ FUSED = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "qkv_linear")
 SPLIT = (("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"), ("query", "key", "value"), ("wq", "wk", "wv"))
 OUT = ("out_proj", "proj", "to_out", "o_proj", "out", "wo", "output")
 WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+DROPOUTS = ("dropout", "dropout_p", "attn_drop", "attn_dropout", "attention_dropout")
 PLACES = ("self_attn", "multihead_attn")
 """Where PyTorch's transformer layers keep their attention."""
 
-TOKENS = 5
+LENGTHS = (5, 300)
+"""Texts to compare on: a window must not be wider than the longer one to be seen."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -68,18 +71,23 @@ def find(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
             paths.setdefault(module, []).append(name)
     for module, (name, *aliases) in paths.items():
         held = _held(module)
-        yield Found(name, module, KIND, held if isinstance(held, str) else _unlike(module, held), tuple(aliases))
+        because = held if isinstance(held, str) else _unlike(module, held, in_a_layer=_in_a_layer(model, name))
+        yield Found(name, module, KIND, because, tuple(aliases))
 
 
 def _in_its_place(model: nn.Module, name: str, module: nn.Module) -> bool:
     """Whether a layer of PyTorch calls it as its attention, or it takes that contract's arguments upon itself."""
-    path, _, last = name.rpartition(".")
-    layers = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
-    if last in PLACES and isinstance(model.get_submodule(path) if path else model, layers):
+    if _in_a_layer(model, name):
         return True
     if type(module).__module__.startswith(("torch.", "transformers.")) or not isinstance(_heads(module), int):
         return False
-    return "key_padding_mask" in inspect.signature(module.forward).parameters
+    return {"key_padding_mask", "attn_mask"} <= inspect.signature(module.forward).parameters.keys()
+
+
+def _in_a_layer(model: nn.Module, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    layers = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+    return last in PLACES and isinstance(model.get_submodule(path) if path else model, layers)
 
 
 def _heads(module: nn.Module) -> Any:
@@ -103,7 +111,7 @@ def _held(module: nn.Module) -> Held | str:
             return (
                 f"its {part} is a {type(children[part]).__name__}, and in_proj_weight can only stand for a plain Linear"
             )
-    spare = [each for each in children if each not in (*inward, out) and _has_state(children[each])]
+    spare = [each for each in children if each not in (*inward, out) and not _is_nothing(each, children[each])]
     spare += [*module._parameters, *module._buffers]
     if spare:
         return f"it holds {_list(spare)} too, for which nn.MultiheadAttention has no place"
@@ -114,8 +122,11 @@ def _list(names: Collection[str]) -> str:
     return ", ".join(names) or "nothing"
 
 
-def _has_state(child: nn.Module) -> bool:
-    return next(iter(child.state_dict()), None) is not None
+def _is_nothing(name: str, child: nn.Module) -> bool:
+    """Whether it does nothing, or is the dropout of weights."""
+    if isinstance(child, nn.Dropout):
+        return child.p == 0 or name in DROPOUTS
+    return isinstance(child, nn.Identity)
 
 
 def _fused(module: nn.Module, inward: str, out: str) -> Held | str:
@@ -138,7 +149,7 @@ def _split(module: nn.Module, inward: tuple[str, ...], out: str) -> Held | str:
 
 
 def _options(module: nn.Module, size: int, bias: bool) -> dict[str, Any]:
-    dropouts = (getattr(module, name, None) for name in ("dropout", "dropout_p", "attn_drop", "attention_dropout"))
+    dropouts = (getattr(module, name, None) for name in DROPOUTS)
     dropout = next((each for each in dropouts if isinstance(each, float | nn.Dropout)), 0.0)
     return {
         "embed_dim": size,
@@ -152,40 +163,69 @@ def _options(module: nn.Module, size: int, bias: bool) -> dict[str, Any]:
 # -- whether it means the same ----------------------------------------------------------------------------------------
 
 
-def _unlike(module: nn.Module, held: Held) -> str:
-    """Why its parameters do not mean what nn.MultiheadAttention would take them for, by its own forward; or ''."""
-    if held.options["embed_dim"] % held.options["num_heads"]:
-        return f"its {held.options['num_heads']} heads do not divide its size of {held.options['embed_dim']}"
-    itself, turned = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
-    turn(turned, held)
-    weight = next(turned.parameters())
+def _unlike(module: nn.Module, held: Held, *, in_a_layer: bool) -> str:
+    """Why its parameters do not mean what nn.MultiheadAttention would take them for, by its own forward; or ''.
+
+    Compared are copies with other parameters: of a projection that starts at 0 nothing could be seen.
+    """
+    size, heads = held.options["embed_dim"], held.options["num_heads"]
+    if heads < 1 or size % heads:
+        return f"its {heads} heads do not divide its size of {size}"
+    itself = copy.deepcopy(module).eval()
+    if any(parameter.is_meta for parameter in itself.parameters()):
+        return "its parameters are on the meta device, so its own forward cannot show what they mean"
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(2, TOKENS, held.options["embed_dim"], generator=random).to(weight)
-    vars(turned)["batch_first"] = True
     with torch.no_grad():
+        for parameter in itself.parameters():
+            drawn = torch.randn(parameter.shape, generator=random)
+            parameter.copy_(drawn.div(drawn.shape[-1] ** 0.5 if drawn.dim() else 1.0).to(parameter))
+        turned = copy.deepcopy(itself)
+        turn(turned, held)
+        vars(turned)["batch_first"] = True
         multihead.set_meant(turned)
-        expected, _ = turned(x, x, x, need_weights=False)
-        found, error = _own_answers(itself, x)
-    near = TOLERANCE.get(weight.dtype, 0.03) * max(expected.abs().max().item(), 1e-6)
-    if any(answer.shape == x.shape and (answer - expected).abs().max().item() <= near for answer in found):
-        return ""
-    if not found:
+        for length in LENGTHS:
+            x = torch.randn(2, length, size, generator=random).to(next(itself.parameters()))
+            because = _differs(itself, turned, x, in_a_layer)
+            if because:
+                return because
+    return ""
+
+
+def _differs(itself: nn.Module, turned: nn.Module, x: Tensor, in_a_layer: bool) -> str:
+    """What is not the same for a text's attention to itself, without masks; and whether masks mean the opposite."""
+    expected, _ = turned(x, x, x, need_weights=False)
+    near = TOLERANCE.get(x.dtype, 0.03) * max(expected.abs().max().item(), 1e-6)
+
+    def same(answer: Any, as_this: Tensor) -> bool:
+        out = answer[0] if isinstance(answer, tuple) else answer
+        return isinstance(out, Tensor) and out.shape == x.shape and bool((out - as_this).abs().max() <= near)
+
+    answers, error = _own_answers(itself, x)
+    if not answers:
         return f"its own forward does not run here, which would show how its weights are laid out: {error}"
-    return "its own forward gives something else than nn.MultiheadAttention would with its weights"
+    agree = [answer for answer in answers if same(answer, expected)]
+    if not agree:
+        return "its own forward gives something else than nn.MultiheadAttention would with its weights"
+    if not in_a_layer and not any(isinstance(answer, tuple) and len(answer) == 2 for answer in agree):
+        return "its own forward returns no pair of result and weights, and its callers would get one"
+    last = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    last[:, -1] = True
+    inverted, _ = turned(x, x, x, key_padding_mask=~last, need_weights=False)
+    if any(same(answer, inverted) for answer in _own_answers(itself, x, key_padding_mask=last)[0]):
+        return "its key_padding_mask says which keys are seen, where nn.MultiheadAttention's says which are not"
+    return ""
 
 
-def _own_answers(module: nn.Module, x: Tensor) -> tuple[list[Tensor], str]:
-    """What it makes of a sequence's attention to itself, called in each of the ways such modules are called."""
+def _own_answers(module: nn.Module, x: Tensor, **masks: Tensor) -> tuple[list[Any], str]:
+    """What it makes of a text's attention to itself, called in each of the ways such modules are called."""
     answers, error = [], ""
-    turned = x.transpose(0, 1)
-    for inputs, back in (((x,), False), ((x, x, x), False), ((turned,), True), ((turned, turned, turned), True)):
+    across = x.transpose(0, 1)
+    for inputs, back in (((x,), False), ((x, x, x), False), ((across,), True), ((across, across, across), True)):
         try:
-            answer = module(*inputs)
+            answer = module(*inputs, **masks)
+            answers.append((answer[0].transpose(0, 1), *answer[1:]) if back else answer)
         except Exception as raised:  # what another's code raises may be anything; it ends in the census
             error = f"{type(raised).__name__}: {raised}".partition("\n")[0]
-            continue
-        answer = answer[0] if isinstance(answer, tuple) else answer
-        answers.append(answer.transpose(0, 1) if back else answer)
     return answers, error
 
 
@@ -264,6 +304,13 @@ def apply(model: nn.Module, sites: Mapping[str, Site]) -> None:
 def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
     """Give back classes and attributes, of all sites or of the named; the very objects are as before."""
     turned = [(name, module) for name, module in _turned(model) if names is None or name in names]
+    for name, module in turned:
+        missing = vars(module)[WAS][2].parameters.keys() - module._parameters.keys()
+        if missing:
+            raise SwapError(
+                f"got {name!r} with {_list(sorted(missing))} parametrized or pruned since the swap; takes plain"
+                " parameters: remove that first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)"
+            )
     multihead.restore(model, {name for name, _ in turned})
     for _, module in turned:
         _give_back(module)
@@ -273,11 +320,13 @@ def _give_back(module: nn.Module) -> None:
     now = dict(vars(module))
     kind, before, held = now.pop(WAS)
     for name, (child, inside) in held.parameters.items():
-        before["_modules"][child]._parameters[inside] = now["_parameters"][name]  # it may have been replaced since
-    before["_modules"][held.out] = now["_modules"]["out_proj"]
+        before["_modules"][child]._parameters[inside] = now["_parameters"].pop(name)  # it may have been replaced since
+    before["_modules"][held.out] = now["_modules"].pop("out_proj")
     if now["training"] != before["training"]:
         for child in before["_modules"].values():
             child.train(now["training"])  # those inside were out of reach
+    for group in ("_parameters", "_buffers", "_modules"):  # what came while it was swapped stays
+        before[group].update({name: each for name, each in now[group].items() if name not in _EMPTY})
     base = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
     added = {name: value for name, value in now.items() if name in base or (name not in before and name not in _MADE)}
     vars(module).clear()
@@ -285,4 +334,6 @@ def _give_back(module: nn.Module) -> None:
     module.__class__ = kind
 
 
+_EMPTY = ("in_proj_weight", "in_proj_bias", *WEIGHTS)
+"""Parameters that nn.MultiheadAttention lists whether it has them or not."""
 _MADE = frozenset(vars(nn.MultiheadAttention(1, 1, device="meta")))

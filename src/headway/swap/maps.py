@@ -164,7 +164,7 @@ def _numbers(what: str, asked: Chosen) -> slice | tuple[int, ...] | None:
         return asked
     try:
         several = tuple(asked) if isinstance(asked, Iterable) and _has_axes(asked) else (asked,)
-        if any(isinstance(one, bool) for one in several):
+        if any(isinstance(one, bool) or getattr(one, "dtype", None) == torch.bool for one in several):
             raise TypeError
         return tuple(map(index, several))  # type: ignore[arg-type]  # what is no number, index refuses
     except TypeError:

@@ -65,8 +65,9 @@ def swap(
     - `backend`: a name for all sites, or names by glob; a site whose backend refuses its calls raises.
     - `require`: contracts for every call, such as 'deterministic'.
 
-    Parameters, names, hooks and flags stay as they are; `undo()` gives back the very classes. A site that fails the
-    proof is put back, and the census says so. A second swap replaces the first.
+    Parameters, names, hooks and flags stay as they are (what took an nn.MultiheadAttention's place has PyTorch's names
+    while it is swapped); `undo()` gives back the very classes. A site that fails the proof is put back, and the census
+    says so. A second swap replaces the first.
 
     >>> import torch
     >>> model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
