@@ -188,45 +188,53 @@ def _unlike(module: nn.Module, held: Held, *, in_a_layer: bool) -> str:
             because = _differs(itself, turned, x, in_a_layer)
             if because:
                 return because
+            if length == min(LENGTHS) and _inverts(itself, turned, x):
+                return "its key_padding_mask says which keys are seen, where nn.MultiheadAttention's says which are not"
     return ""
 
 
 def _differs(itself: nn.Module, turned: nn.Module, x: Tensor, in_a_layer: bool) -> str:
-    """What is not the same for a text's attention to itself, without masks; and whether masks mean the opposite."""
+    """What is not the same for a text's attention to itself, without masks."""
     expected, _ = turned(x, x, x, need_weights=False)
-    near = TOLERANCE.get(x.dtype, 0.03) * max(expected.abs().max().item(), 1e-6)
-
-    def same(answer: Any, as_this: Tensor) -> bool:
-        out = answer[0] if isinstance(answer, tuple) else answer
-        return isinstance(out, Tensor) and out.shape == x.shape and bool((out - as_this).abs().max() <= near)
-
-    answers, error = _own_answers(itself, x)
-    if not answers:
-        return f"its own forward does not run here, which would show how its weights are laid out: {error}"
-    agree = [answer for answer in answers if same(answer, expected)]
-    if not agree:
-        return "its own forward gives something else than nn.MultiheadAttention would with its weights"
-    if not in_a_layer and not any(isinstance(answer, tuple) and len(answer) == 2 for answer in agree):
+    errors: list[str] = []
+    ran = agrees = False
+    for answer in _own_answers(itself, x, errors):
+        ran = True
+        if _is_near(answer, expected):
+            agrees = True
+            if in_a_layer or (isinstance(answer, tuple) and len(answer) == 2):
+                return ""
+    if agrees:
         return "its own forward returns no pair of result and weights, and its callers would get one"
+    if ran:
+        return "its own forward gives something else than nn.MultiheadAttention would with its weights"
+    return f"its own forward does not run here, which would show how its weights are laid out: {errors[-1]}"
+
+
+def _inverts(itself: nn.Module, turned: nn.Module, x: Tensor) -> bool:
     last = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     last[:, -1] = True
     inverted, _ = turned(x, x, x, key_padding_mask=~last, need_weights=False)
-    if any(same(answer, inverted) for answer in _own_answers(itself, x, key_padding_mask=last)[0]):
-        return "its key_padding_mask says which keys are seen, where nn.MultiheadAttention's says which are not"
-    return ""
+    return any(_is_near(answer, inverted) for answer in _own_answers(itself, x, [], key_padding_mask=last))
 
 
-def _own_answers(module: nn.Module, x: Tensor, **masks: Tensor) -> tuple[list[Any], str]:
+def _is_near(answer: Any, expected: Tensor) -> bool:
+    out = answer[0] if isinstance(answer, tuple) else answer
+    near = TOLERANCE.get(expected.dtype, 0.03) * max(expected.abs().max().item(), 1e-6)
+    return isinstance(out, Tensor) and out.shape == expected.shape and bool((out - expected).abs().max() <= near)
+
+
+def _own_answers(module: nn.Module, x: Tensor, errors: list[str], **masks: Tensor) -> Iterator[Any]:
     """What it makes of a text's attention to itself, called in each of the ways such modules are called."""
-    answers, error = [], ""
     across = x.transpose(0, 1)
     for inputs, back in (((x,), False), ((x, x, x), False), ((across,), True), ((across, across, across), True)):
         try:
             answer = module(*inputs, **masks)
-            answers.append((answer[0].transpose(0, 1), *answer[1:]) if back else answer)
+            answer = (answer[0].transpose(0, 1), *answer[1:]) if back else answer
         except Exception as raised:  # what another's code raises may be anything; it ends in the census
-            error = f"{type(raised).__name__}: {raised}".partition("\n")[0]
-    return answers, error
+            errors.append(f"{type(raised).__name__}: {raised}".partition("\n")[0])
+            continue
+        yield answer
 
 
 # -- there and back ---------------------------------------------------------------------------------------------------
