@@ -205,7 +205,7 @@ def _plan(
     return Census(
         type(model).__name__,
         (*tickets, *_by_hand(found, seen)),
-        (*multihead.notes(model), *replaced.notes(model), *kernel_calls.notes(model), *_notes(seen)),
+        (*multihead.notes(model), *replaced.notes(found), *kernel_calls.notes(model), *_notes(seen)),
     )
 
 
