@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sites.made import Block, gpt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -661,20 +662,6 @@ class Attention(nn.Module):
         return self.out(self.attend(*self.split(x)).flatten(2))
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.attention, self.mlp = nn.LayerNorm(16), Attention(), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.attention(self.norm(x)))
-
-
-def gpt() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(11, 16), Block(), Block(), nn.Linear(16, 11))
-
-
 TOKENS = torch.arange(12).view(2, 6) % 11
 
 
@@ -683,7 +670,7 @@ def trace(model: nn.Module) -> list[Any]:
 
 
 def test_a_model_is_proven_trained_and_undone() -> None:
-    stock = gpt()
+    stock = gpt(Attention)
     ours = copy.deepcopy(stock)
     was = trace(ours)
     done = swap(ours, TOKENS)
@@ -714,7 +701,7 @@ def test_nothing_process_wide_is_changed() -> None:
     """Neither the packages, nor the model's Python module, nor its class; before, during and after."""
     here = sys.modules[__name__]
     before = dict(vars(here)), dict(vars(flash_attn)), dict(vars(Attention)), dict(sys.modules)
-    ours = gpt()
+    ours = gpt(Attention)
     done = swap(ours, TOKENS)
     ours(TOKENS)
     for _ in range(2):
@@ -728,7 +715,7 @@ def test_nothing_process_wide_is_changed() -> None:
 
 
 def test_two_models_of_one_class() -> None:
-    ours, other = gpt(), gpt()
+    ours, other = gpt(Attention), gpt(Attention)
     done = swap(ours, TOKENS)
     CALLS.clear()
     mine, theirs = ours(TOKENS), other(TOKENS)
@@ -739,7 +726,7 @@ def test_two_models_of_one_class() -> None:
 
 
 def test_only_one_of_two_and_backends_by_name() -> None:
-    ours = gpt()
+    ours = gpt(Attention)
     swap(ours, TOKENS, only="1.*", backend={"1.*": "reference"})
     CALLS.clear()
     ours(TOKENS)
@@ -751,7 +738,7 @@ def test_only_one_of_two_and_backends_by_name() -> None:
 
 def test_globals_are_looked_up_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model's module binds anew is what the method sees; also another kernel by the same name."""
-    ours, stock = gpt(), gpt()
+    ours, stock = gpt(Attention), gpt(Attention)
     swap(ours)
     monkeypatch.setitem(globals(), "SCALE", 3.0)
     torch.testing.assert_close(ours(TOKENS), stock(TOKENS))
@@ -760,11 +747,11 @@ def test_globals_are_looked_up_at_each_call(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_threads_and_models_do_not_mix() -> None:
-    models = {name: gpt() for name in ("reference", "sdpa-math")}
+    models = {name: gpt(Attention) for name in ("reference", "sdpa-math")}
     for name, model in models.items():
         swap(model, TOKENS, backend=name)
     CALLS.clear()
-    truth, wrong = gpt()(TOKENS), []
+    truth, wrong = gpt(Attention)(TOKENS), []
 
     def work(name: str) -> None:
         for _ in range(20):
@@ -784,19 +771,19 @@ def test_threads_and_models_do_not_mix() -> None:
 
 
 def test_copies_and_pickles_are_swapped_and_can_be_undone() -> None:
-    ours = gpt()
+    ours = gpt(Attention)
     swap(ours, TOKENS)
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)
-    truth, before = gpt()(TOKENS), runs(ours)
+    truth, before = gpt(Attention)(TOKENS), runs(ours)
     for again in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
         CALLS.clear()
         torch.testing.assert_close(again(TOKENS), truth)
         assert not CALLS
         assert runs(again) == before + 2
         headway.undo(again)
-        assert [type(m) for m in again.modules()] == [type(m) for m in gpt().modules()]
+        assert [type(m) for m in again.modules()] == [type(m) for m in gpt(Attention).modules()]
         assert not any("_headway" in m.__dict__ for m in again.modules())
         again(TOKENS)
         assert CALLS == ["flash_attn_func"] * 2
@@ -804,7 +791,7 @@ def test_copies_and_pickles_are_swapped_and_can_be_undone() -> None:
 
 
 def test_hooks_and_signatures_stay() -> None:
-    ours, seen = gpt(), []
+    ours, seen = gpt(Attention), []
     attention = ours[1].attention
     signature = inspect.signature(attention.forward)
     attention.register_forward_hook(lambda *_: seen.append("hook"))
@@ -1216,12 +1203,12 @@ def test_without_the_packages_nothing_is_looked_at(monkeypatch: pytest.MonkeyPat
     for name in ("flash_attn", "flash_attn.cute", "xformers", "xformers.ops", "xformers.ops.fmha"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(kernel_calls, "_look_at_class", None)
-    assert not list(kernel_calls.find(gpt(), None))
+    assert not list(kernel_calls.find(gpt(Attention), None))
 
 
 def test_torch_compile_leaves_the_method_to_the_interpreter() -> None:
     """A tracer knows no such globals: it breaks its graph there, and what is around is compiled."""
-    ours, stock, x = Block(), Block(), torch.randn(2, 5, 16)
+    ours, stock, x = Block(Attention()), Block(Attention()), torch.randn(2, 5, 16)
     stock.load_state_dict(ours.state_dict())
     swap(ours, x)
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sites.made import gpt
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as bound_early
@@ -227,22 +228,8 @@ class Attention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.attention, self.mlp = nn.LayerNorm(16), Attention(), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.attention(self.norm(x)))
-
-
-def gpt() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(11, 16), Block(), Block(), nn.Linear(16, 11))
-
-
 def test_a_nanogpt_like_model() -> None:
-    stock = gpt()
+    stock = gpt(Attention)
     ours = copy.deepcopy(stock)
     tokens = torch.randint(0, 11, (2, 6))
     done = swap(ours, tokens)
@@ -343,7 +330,7 @@ def test_nothing_outside_the_module_is_redirected() -> None:
 
 def test_threads_and_differently_swapped_models_do_not_mix() -> None:
     """Two models, two backends, many threads: each call goes where its own model says."""
-    models = [gpt() for _ in range(2)]
+    models = [gpt(Attention) for _ in range(2)]
     tokens = torch.randint(0, 11, (2, 6))
     for model, backend in zip(models, ("reference", "sdpa-math"), strict=True):
         swap(model, tokens, backend=backend)
@@ -383,7 +370,7 @@ def test_a_replica_as_dataparallel_makes_them() -> None:
 def test_under_torch_compile_in_one_graph(order: str) -> None:
     """fullgraph=True, so nothing breaks; what is skipped inside stays skipped."""
     torch._dynamo.reset()
-    stock = gpt()
+    stock = gpt(Attention)
     ours = copy.deepcopy(stock)
     tokens = torch.randint(0, 11, (2, 6))
     done = swap(ours, tokens)
