@@ -1,0 +1,1 @@
+"""What `xformers` has, on `headway.attention`."""
