@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils.weak import WeakIdKeyDictionary
 
 from headway.errors import RequestError
@@ -227,7 +228,7 @@ def _varlen(
     if q_starts.is_inference() or k_starts.is_inference():  # which do not tell when they change
         return make()
     at = (q.shape[2], k.shape[2], longest, left, right, q.device)
-    return _kept(q_starts, k_starts, (q_starts._version, k_starts._version), at, make)
+    return kept(q_starts, k_starts, (q_starts._version, k_starts._version), at, make)
 
 
 def _documents(q_starts: Tensor, k_starts: Tensor, longest: int | None, total: int) -> Documents:
@@ -271,8 +272,10 @@ _MASKS: Any = WeakIdKeyDictionary()
 """By a tensor or a bias, the last masks made of it."""
 
 
-def _kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callable[[], Mask]) -> Mask:
+def kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callable[[], Mask]) -> Mask:
     """What `make` makes of two things, again only once they have changed."""
+    if is_compiling():  # a tracer makes it anew, and what it makes does not last
+        return make()
     known = _MASKS.get(anchor)
     if known is None or known[0]() is not other or known[1] != state:
         known = _MASKS[anchor] = weakref.ref(other), state, {}
@@ -288,7 +291,17 @@ def _kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callab
 def xformers(site: Site, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """memory_efficient_attention: (B, M, K), (B, M, H, K), or (B, M, G, H, K) where H heads may share a key head."""
     given = _given(real, args, kwargs, _XFORMERS)
-    query, key, value = given["query"], given["key"], given["value"]
+    query, value = given["query"], given["value"]
+    q, k, v = xformers_operands(query, given["key"], value)
+    mask = xformers_mask(given["attn_bias"], query, q, k)
+    out = site.attend(q, k, v, mask, scale=given["scale"], dropout=given["p"])
+    out = out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]).contiguous()  # as there
+    wide = given.get("output_dtype")
+    return out if wide is None else out.to(wide)
+
+
+def xformers_operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, L, D) each; heads that share a key head by stride are given it once."""
     if query.dim() not in (3, 4, 5) or not query.dim() == key.dim() == value.dim():
         raise RequestError(
             f"got query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)},"
@@ -299,13 +312,9 @@ def xformers(site: Site, real: Callable[..., Any], args: tuple[Any, ...], kwargs
             f"got query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)},"
             " takes the same heads in each, as xFormers does: expand key and value"
         )
-    q = _heads(query).transpose(1, 2)
     shares = query.dim() == 5 and all(x.stride(3) == 0 or x.shape[3] == 1 for x in (key, value))
     k, v = (_heads(x[:, :, :, :1] if shares else x).transpose(1, 2) for x in (key, value))
-    out = site.attend(q, k, v, _bias(given["attn_bias"], query, q, k), scale=given["scale"], dropout=given["p"])
-    out = out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]).contiguous()  # as there
-    wide = given.get("output_dtype")
-    return out if wide is None else out.to(wide)
+    return _heads(query).transpose(1, 2), k, v
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -313,7 +322,7 @@ def _heads(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2)
 
 
-def _bias(bias: Any, query: Tensor, q: Tensor, k: Tensor) -> Mask | None:
+def xformers_mask(bias: Any, query: Tensor, q: Tensor, k: Tensor) -> Mask | None:
     """An attn_bias as a typed mask. Its classes are known by their names: nothing here imports xFormers."""
     if bias is None:
         return None
@@ -386,4 +395,4 @@ def _blocks(bias: Any, q: Tensor, k: Tensor) -> Mask:
         return _within(Documents(q_lengths, k_lengths), left, right, align, q)
 
     state = (q_starts, k_starts, left, right)
-    return _kept(bias, bias.k_seqinfo, state, (q.shape[2], k.shape[2], q.device), make)
+    return kept(bias, bias.k_seqinfo, state, (q.shape[2], k.shape[2], q.device), make)
