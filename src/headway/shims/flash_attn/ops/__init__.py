@@ -1,0 +1,1 @@
+"""flash_attn.ops: what flash-attn fuses around attention, from PyTorch's own operators."""

@@ -1,0 +1,1 @@
+"""flash_attn.ops.triton: the same results from PyTorch's operators, on any device."""
