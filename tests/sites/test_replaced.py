@@ -392,3 +392,175 @@ def test_undo_refuses_all_or_nothing_where_a_weight_was_reparametrized() -> None
     undo(model)
     assert all(type(module) is FlashAttention for module in model.values())
     assert bool((model["a"].qkv.weight == 0).any())
+
+
+# -- what the bug reports' tools lost -------------------------------------------------------------------------------
+
+
+def _late(query: Tensor, key: Any = None, value: Any = None, **kwargs: Any) -> Any:
+    return query, None
+
+
+@pytest.mark.parametrize("fix", (_late, lambda self, query, key=None, value=None, **kwargs: (query, None)))
+def test_a_forward_patched_on_a_replacement_is_left_alone(fix: Any) -> None:
+    """No class can override it: swapped it would still run, and be said to be ours."""
+    _, model = replaced(XFormersAttention)
+    alone = like(nn.MultiheadAttention(SIZE, HEADS), XFormersAttention)
+    for module in (alone, *(layer.self_attn for layer in model.layers)):
+        module.forward = fix  # type: ignore[method-assign]
+    for each, sites in ((alone, 1), (model, 2)):
+        tickets = inspect(each).tickets
+        assert len(tickets) == sites
+        assert all("its forward was replaced on the instance (by " in ticket.because for ticket in tickets)
+        assert not swap(each).census.swapped
+
+
+def test_a_model_that_stays_broken_says_what_could_not_be_turned_back() -> None:
+    """Its own AttributeError about batch_first or in_proj_bias names nothing that anybody could change."""
+    _, model = replaced(FlashAttention)
+    model.layers[1].self_attn.q_norm = nn.LayerNorm(4)
+    before = [(type(module), list(vars(module))) for module in model.modules()]
+    with pytest.raises(
+        SwapError, match=r"does not run with the example \(\w+Error: .*layers.1.self_attn: it holds q_n"
+    ):
+        swap(model, padded())
+    assert [(type(module), list(vars(module))) for module in model.modules()] == before
+
+
+def calls(batch_first: bool) -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    """By name: how nn.MultiheadAttention may be called, the batch being as large as the heads are many."""
+    x, y, z = (torch.randn(HEADS, length, SIZE, dtype=torch.float64) for length in (5, 7, 7))
+    one, other = x[0], y[0]
+    if not batch_first:
+        x, y, z = (each.transpose(0, 1) for each in (x, y, z))
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    scores = torch.randn(5, 7, dtype=torch.float64)
+    filler = torch.zeros(HEADS, 7, dtype=torch.bool)
+    filler[1, 4:] = True
+    added = torch.zeros(HEADS, 7, dtype=torch.float64).masked_fill(filler, float("-inf"))
+    per_head = torch.randn(HEADS * HEADS, 5, 7, dtype=torch.float64)
+    return {
+        "cross, by position": ((x, y, z), {}),
+        "cross, by keyword": ((), {"query": x, "key": y, "value": z}),
+        "without weights": ((x, y, z), {"need_weights": False}),
+        "weights of each head": ((x, y, z), {"average_attn_weights": False}),
+        "a bool mask": ((x, x, x), {"attn_mask": causal}),
+        "causal by its hint": ((x, x, x), {"attn_mask": causal, "is_causal": True, "need_weights": False}),
+        "a float mask": ((x, y, z), {"attn_mask": scores}),
+        "a mask for each head": ((x, y, z), {"attn_mask": per_head}),
+        "a bool padding": ((x, y, z), {"key_padding_mask": filler}),
+        "a float padding": ((x, y, z), {"key_padding_mask": added}),
+        "both masks": ((x, y, z), {"attn_mask": scores, "key_padding_mask": filler.double(), "need_weights": False}),
+        "unbatched": ((one, other, other), {}),
+    }
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "length_first"])
+@pytest.mark.parametrize("kind", [XFormersAttention, FlashAttention])
+def test_turned_back_it_has_the_whole_contract(kind: Any, batch_first: bool, bias: bool) -> None:
+    """Keys were taken for masks, masks ignored, weights None, the batch attended over, a bare tensor returned."""
+    torch.manual_seed(0)
+    stock = nn.MultiheadAttention(SIZE, HEADS, bias=bias, batch_first=batch_first).double()
+    if bias:
+        nn.init.normal_(stock.in_proj_bias), nn.init.normal_(stock.out_proj.bias)
+    module = kind(SIZE, HEADS, bias=bias).double()
+    module.batch_first = batch_first  # which their tools copied, and their forwards did not read
+    names = {"qkv.weight": "in_proj_weight", "qkv.bias": "in_proj_bias"}
+    module.load_state_dict({name: stock.state_dict()[names.get(name, name)] for name in module.state_dict()})
+    assert swap(module).census.swapped
+    for name, (args, kwargs) in calls(batch_first).items():
+        got, want = module(*args, **kwargs), stock(*args, **kwargs)
+        assert isinstance(got, tuple), name
+        assert (got[1] is None) == (want[1] is None), name
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mode_dtype_flags_and_hooks_stay_while_it_is_swapped(dtype: torch.dtype) -> None:
+    """A new module would be in training mode, in float32, learn, and have no hooks."""
+    module = like(nn.MultiheadAttention(SIZE, HEADS), FlashAttention).to(dtype).eval()
+    module.dropout = 0.5
+    module.qkv.weight.requires_grad_(False)
+    x = torch.randn(2, 6, SIZE, dtype=dtype)
+    swap(module, x)
+    fired: list[str] = []
+    module.register_forward_hook(lambda *_: fired.append("after"))
+    module.register_forward_pre_hook(lambda *_: fired.append("before"))
+    assert not any(each.training for each in module.modules())
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["in_proj_weight"]
+    assert torch.equal(module(x)[0], module(x)[0])
+    assert fired == ["before", "after"] * 2
+    module.train()
+    assert not torch.equal(module(x)[0], module(x)[0])
+
+
+def test_an_optimizer_from_before_moves_its_weights() -> None:
+    """Its parameters are the very ones that the swapped module computes with, and undo gives back."""
+    _, model = replaced(XFormersAttention)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    done = swap(model, padded())
+    model(**padded()).square().sum().backward()
+    optimizer.step()
+    done.undo()
+    still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert still == []
+
+
+def test_a_class_made_inside_a_function_under_any_name() -> None:
+    """The tools looked for a class by its name, which nobody could import, and passed all others by in silence."""
+
+    class DummyXFormersAttention(XFormersAttention):
+        pass
+
+    stock, model = replaced(DummyXFormersAttention)
+    done = swap(model, padded())
+    assert sum(isinstance(module, nn.MultiheadAttention) for module in model.modules()) == 2
+    assert not any("XFormers" in type(module).__name__ for module in model.modules())
+    seen = ~padded()["src_key_padding_mask"]
+    x = padded()
+    torch.testing.assert_close(copy.deepcopy(model)(**x)[seen], stock(**x)[seen])
+    done.undo()
+    assert {type(layer.self_attn) for layer in model.layers} == {DummyXFormersAttention}
+
+
+def test_two_tools_in_one_decoder_swapped_again_and_again() -> None:
+    """One on top of the other left both in the model; here a swap of a swap is one swap, and undo ends at theirs."""
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(SIZE, HEADS, 2 * SIZE, 0.0, batch_first=True)
+    stock = nn.TransformerDecoder(layer, 2).double()
+    model = copy.deepcopy(stock)
+    for each in model.layers:
+        each.self_attn = like(each.self_attn, XFormersAttention)
+        each.multihead_attn = like(each.multihead_attn, FlashAttention)
+    classes = [type(module) for module in model.modules()]
+    texts = tuple(torch.randn(2, length, SIZE, dtype=torch.float64) for length in (5, 7))
+    with pytest.raises((AttributeError, NotImplementedError, TypeError)):
+        model(*texts)
+    for _ in range(2):
+        done = swap(model, texts)
+        assert [ticket.kind for ticket in done.census.swapped] == ["replaced attention"] * 4
+        torch.testing.assert_close(model(*texts), stock(*texts))
+    done.undo()
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_tool_that_comes_after_the_swap() -> None:
+    """It takes the swapped modules' places. The first swap still ends, and a second one takes the model as it is."""
+    stock = encoder()
+    model = copy.deepcopy(stock)
+    first = swap(model, padded())
+    for layer in model.layers:
+        layer.self_attn = like(layer.self_attn, FlashAttention)
+    first.undo()
+    assert [type(module) for module in model.layers] == [nn.TransformerEncoderLayer] * 2
+    done = swap(model, padded())
+    assert len(done.census.swapped) == 2
+    x = padded()
+    seen = ~x["src_key_padding_mask"]
+    torch.testing.assert_close(model(**x)[seen], stock(**x)[seen])
+    done.undo()
+    assert {type(layer.self_attn) for layer in model.layers} == {FlashAttention}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from headway.cli import hugging_face
 from headway.report.times import fails
+from headway.sites.copies import deep_copy
 from headway.swap.swap import as_meant
 
 BATCH, LENGTH = 2, 32
@@ -39,7 +39,7 @@ def why_not(model: nn.Module, example: Any) -> str:
     error = fails(model, example)
     if not error:
         return ""
-    meant = copy.deepcopy(model)
+    meant = deep_copy(model)
     as_meant(meant)
     return error if fails(meant, example) else ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import statistics
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from headway.sites.copies import deep_copy
 from headway.swap.answer import tensors_of
 from headway.swap.still import still
 from headway.swap.swap import Example, Swap, runner, undo
@@ -168,7 +168,7 @@ def fails(model: nn.Module, example: Example) -> str:
 def twin(model: nn.Module) -> nn.Module:
     """A copy with modules of its own and the very parameters and buffers of the model: no second set of weights."""
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    return deep_copy(model, shared)
 
 
 def _forward(model: nn.Module, run: Callable[[nn.Module], Any]) -> Work:

@@ -183,12 +183,19 @@ def find(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
         yield Found(name, module, KIND, _why_not(module), tuple(aliases))
 
 
+def patched(module: nn.Module) -> str:
+    """Who replaced its forward on the instance, which no class can override; or ''."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return ""
+    where = getattr(own, "__module__", "?")
+    return f"its forward was replaced on the instance (by {where}.{getattr(own, '__qualname__', own)})"
+
+
 def _why_not(module: nn.MultiheadAttention) -> str:
     """Why its forward cannot be ours, or ''."""
-    if "forward" in module.__dict__:
-        patched = module.__dict__["forward"]
-        where = getattr(patched, "__module__", "?")
-        return f"its forward was replaced on the instance (by {where}.{getattr(patched, '__qualname__', patched)})"
+    if because := patched(module):
+        return because
     forward = getattr(type(module), "_original", type(module)).forward
     if forward is nn.MultiheadAttention.forward:
         return ""

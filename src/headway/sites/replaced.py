@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headway.errors import SwapError
 from headway.sites import multihead
+from headway.sites.copies import deep_copy
 from headway.sites.seen import Seen
 from headway.sites.site import Found, Site
 
@@ -71,7 +72,9 @@ def find(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
             paths.setdefault(module, []).append(name)
     for module, (name, *aliases) in paths.items():
         held = _held(module)
-        because = held if isinstance(held, str) else _unlike(module, held, in_a_layer=_in_a_layer(model, name))
+        because = multihead.patched(module) or (
+            held if isinstance(held, str) else _unlike(module, held, in_a_layer=_in_a_layer(model, name))
+        )
         yield Found(name, module, KIND, because, tuple(aliases))
 
 
@@ -81,7 +84,8 @@ def _in_its_place(model: nn.Module, name: str, module: nn.Module) -> bool:
         return True
     if type(module).__module__.startswith(("torch.", "transformers.")) or not isinstance(_heads(module), int):
         return False
-    return {"key_padding_mask", "attn_mask"} <= inspect.signature(module.forward).parameters.keys()
+    forward = type(module).forward if multihead.patched(module) else module.forward
+    return {"key_padding_mask", "attn_mask"} <= inspect.signature(forward).parameters.keys()
 
 
 def _in_a_layer(model: nn.Module, name: str) -> bool:
@@ -171,7 +175,7 @@ def _unlike(module: nn.Module, held: Held, *, in_a_layer: bool) -> str:
     size, heads = held.options["embed_dim"], held.options["num_heads"]
     if heads < 1 or size % heads:
         return f"its {heads} heads do not divide its size of {size}"
-    itself = copy.deepcopy(module).eval()
+    itself = deep_copy(module).eval()
     if any(parameter.is_meta for parameter in itself.parameters()):
         return "its parameters are on the meta device, so its own forward cannot show what they mean"
     random = torch.Generator().manual_seed(0)

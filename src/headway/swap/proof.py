@@ -7,7 +7,6 @@ out, and the certificate says how much that was.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import datetime
 import json
@@ -25,6 +24,7 @@ from headway.choice.here import here
 from headway.errors import HeadwayError
 from headway.limits.machine import Machine
 from headway.sites import transformers
+from headway.sites.copies import deep_copy
 from headway.sites.seen import Inputs, see
 from headway.sites.site import Ticket, site_of
 from headway.swap.answer import SEED, Answer, answer, names_of, rows_that_see, wants_no_gradients
@@ -164,7 +164,7 @@ def _shapes(ticket: Ticket) -> list[Shape]:
 
 def copied(module: nn.Module, restore: Restore) -> nn.Module:
     """A copy as the module was before the swap."""
-    again = copy.deepcopy(module)
+    again = deep_copy(module)
     restore(again)
     return again
 
@@ -184,7 +184,7 @@ def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore) 
     judge += left_out
     if _dtype(module) == torch.float64 and truth is not before:
         before = _as_rounded(copied(module, restore), run, before)
-    ours = copy.deepcopy(module)
+    ours = deep_copy(module)
     try:
         now = run(ours, among=before)
     except Exception as error:  # whatever it is, the model as it was did not raise it

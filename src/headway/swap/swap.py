@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headway.errors import SwapError
 from headway.sites import kernel_calls, multihead, replaced, torch_calls, transformers
+from headway.sites.copies import deep_copy
 from headway.sites.seen import Seen, pinned, see
 from headway.sites.site import Found, Site, Ticket, site_of
 from headway.swap.census import Census
@@ -75,7 +76,7 @@ def swap(
     ...     print(len(swapped.census.swapped), swapped.certificate.passed)
     1 True
     """
-    _refuse(model)
+    _refuse(model, proven=example is not None)
     require = contracts(require)
     run = runner(example)
     by_kind = {kind.KIND: kind for kind in KINDS}
@@ -184,10 +185,10 @@ def _plan(
     """The census as it will be, from the model as it is."""
     seen = None
     if run is not None:
-        looked_at = copy.deepcopy(model)  # a run may change more than it can be asked to put back
+        looked_at = deep_copy(model)  # a run may change more than it can be asked to put back
         as_meant(looked_at)
         kernels = kernel_calls.watch(looked_at)
-        with torch.inference_mode(False), still(looked_at):
+        with torch.inference_mode(False), still(looked_at), _with_reasons(model):
             seen = see(looked_at, run)
         seen.kernels = kernels
     found = list(_found(model, seen))
@@ -204,8 +205,11 @@ def _plan(
         tickets.append(Ticket(site.name, site.kind, asked[site.name], because, site.aliases))
     return Census(
         type(model).__name__,
-        (*tickets, *_by_hand(found, seen)),
-        (*multihead.notes(model), *replaced.notes(found), *kernel_calls.notes(model), *_notes(seen)),
+        (*tickets, *_by_hand(found, seen), *_unseen(found, seen)),
+        (
+            *(*multihead.notes(model), *replaced.notes(found), *kernel_calls.notes(model)),
+            *(*torch_calls.notes(), *_notes(seen)),
+        ),
     )
 
 
@@ -219,12 +223,35 @@ def _found(model: nn.Module, seen: Seen | None) -> Iterator[Found]:
                 taken |= {site.name, *site.aliases}
 
 
+@contextlib.contextmanager
+def _with_reasons(model: nn.Module) -> Iterator[None]:
+    """A model that does not run inside says so, where it may be for what took an attention's place and stays there."""
+    try:
+        yield
+    except Exception as error:
+        left = [f"{site.name or 'the model'}: {site.because}" for site in replaced.find(model, None) if site.because]
+        if not left:
+            raise
+        raise SwapError(
+            f"the model does not run with the example ({type(error).__name__}: {error}), and what took an"
+            f" nn.MultiheadAttention's place could not be turned back: {'; '.join(left)}"
+        ) from error
+
+
 def _by_hand(found: list[Found], seen: Seen | None) -> Iterator[Ticket]:
     names = {name for site in found for name in (site.name, *site.aliases)}
     for (name, at), size in ({} if seen is None else seen.by_hand).items():
         if name not in names:
             saves = f"a call of headway.attention there would not write {_in_bytes(size)} of weights"
             yield Ticket(name, "softmax(q kᵀ) v", because=f"it is written by hand at {at}; {saves}")
+
+
+def _unseen(found: list[Found], seen: Seen | None) -> Iterator[Ticket]:
+    names = {name for site in found for name in (site.name, *site.aliases)}
+    by_hand = () if seen is None else (name for name, _ in seen.by_hand)  # which is told with its line
+    for name, said in ({} if seen is None else seen.unseen).items():
+        if name not in names.union(by_hand):
+            yield Ticket(name, said.partition(",")[0], because=f"it calls {said}; no kind of site redirects that")
 
 
 def _in_bytes(size: int) -> str:
@@ -239,8 +266,13 @@ def _notes(seen: Seen | None) -> tuple[str, ...]:
     return ("calls of F.scaled_dot_product_attention and attention written by hand are found only with example=",)
 
 
-def _refuse(model: nn.Module) -> None:
-    """Models that cannot be changed from outside, with what to do instead."""
+def _refuse(model: nn.Module, *, proven: bool) -> None:
+    """Models that cannot be changed from outside, or not proven, with what to do instead."""
+    if proven and any(parameter.is_meta for parameter in model.parameters()):
+        raise SwapError(
+            "got an example for a model on the meta device, whose parameters hold no numbers that could prove anything;"
+            " takes it without example=, or with its weights"
+        )
     name = type(model).__name__
     inner = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}.get(name)
     if inner is not None:
