@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from headway.sites.unseen import SDPA, heard
+
 PRODUCTS = frozenset(
     {
         *(torch.matmul, torch.mm, torch.bmm, torch.baddbmm, torch.einsum, torch.addmm),
@@ -69,6 +71,8 @@ class Seen:
     """(module, file:line) of attention written by hand, with the bytes of the largest scores seen there."""
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     """Modules that call flash_attn's or xFormers' functions themselves, and how often, where they were watched."""
+    unseen: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Modules that call what no mode sees and no site redirects, and what that is."""
     calls: dict[str, Inputs] = dataclasses.field(default_factory=dict)
     """The inputs of the first call of each module that was asked for."""
     ran: set[str] = dataclasses.field(default_factory=set)
@@ -79,7 +83,8 @@ def see(model: nn.Module, run: Callable[[nn.Module], Any], keep: Collection[str]
     """Run the model once and tell what it did; the inputs of the modules in `keep` are kept."""
     seen = Seen()
     stack: list[str] = []
-    with torch.no_grad(), _named(model, stack, seen, keep), _Eye(stack, seen):  # a cache in a graph has no copies
+    # Without gradients, as a cache in a graph has no copies.
+    with torch.no_grad(), _named(model, stack, seen, keep), heard(stack, seen.unseen), _Eye(stack, seen):
         run(model)
     return seen
 
@@ -135,7 +140,7 @@ class _Eye(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = self.stack[-1] if self.stack else ""
-        if func is F.scaled_dot_product_attention:
+        if func is SDPA:
             self.seen.sdpa[name] = self.seen.sdpa.get(name, 0) + 1
             return func(*args, **kwargs)
         held = [*_tensors(args), *_tensors(kwargs.values())]

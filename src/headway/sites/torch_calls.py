@@ -7,7 +7,6 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
@@ -18,6 +17,7 @@ from headway.masks.base import shape_of
 from headway.sites.roles import rejoin, set_role, take_role
 from headway.sites.seen import Seen
 from headway.sites.site import HELD, Found, Site
+from headway.sites.unseen import SDPA
 
 KIND = "F.scaled_dot_product_attention"
 
@@ -50,7 +50,7 @@ class Apart:
 
 class _PastRedirects(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is SDPA:
             func = torch.ops.aten.scaled_dot_product_attention  # the same by a name that no Redirect looks for
         return _call(func, args, kwargs or {})
 
@@ -63,7 +63,7 @@ class Redirect(TorchFunctionMode):
         self.site = site
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is SDPA:
             return attend(self.site, *args, **(kwargs or {}))
         return _call(func, args, kwargs or {})
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.errors import SwapError
-from headway.sites import kernel_calls, multihead, replaced, torch_calls, transformers
+from headway.sites import kernel_calls, multihead, replaced, torch_calls, transformers, unseen
 from headway.sites.copies import deep_copy
 from headway.sites.seen import Seen, pinned, see
 from headway.sites.site import Found, Site, Ticket, site_of
@@ -208,7 +208,7 @@ def _plan(
         (*tickets, *_by_hand(found, seen), *_unseen(found, seen)),
         (
             *(*multihead.notes(model), *replaced.notes(found), *kernel_calls.notes(model)),
-            *(*torch_calls.notes(), *_notes(seen)),
+            *(*unseen.notes(), *_notes(seen)),
         ),
     )
 
