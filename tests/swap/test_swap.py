@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import os
 import pickle
 import random
+import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from deck import DEVICES
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import headway
 from headway.errors import HeadwayError, SwapError, UnknownNameError
 from headway.sites import multihead, torch_calls
-from headway.sites.site import HELD, site_of
+from headway.sites.site import HELD, Site, site_of
 from headway.swap import Swap, inspect, swap, undo
 from headway.swap import swap as swap_function
 
@@ -52,6 +58,10 @@ class Model(nn.Module):
         self.decoder = nn.TransformerDecoderLayer(16, 2, 32, 0.1, batch_first=True)
         self.own = Own()
         self.norm = nn.BatchNorm1d(16)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Some models' own finds less than PyTorch's: here not the model itself."""
+        return super().get_submodule(target or "nowhere")
 
     def forward(self, x: Tensor) -> Tensor:
         memory = self.encoder(x)
@@ -149,10 +159,17 @@ def test_names_keys_and_parameters_stay() -> None:
     torch.testing.assert_close(model(batch()), other(batch()), atol=1e-5, rtol=1e-5)
 
 
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Attention apart from the rest, with a rate of its own."""
+    attention = {id(p) for name in SITES for p in model.get_submodule(name).parameters()}
+    ours, rest = ([p for p in model.parameters() if (id(p) in attention) == of] for of in (True, False))
+    return [{"params": ours, "lr": 1e-3}, {"params": rest}]
+
+
 def test_an_optimizer_built_before_keeps_training() -> None:
-    """Every parameter moves, as in the stock model, with no new optimizer; frozen ones do not."""
+    """Every parameter moves by its group's rate, as in the stock model, with no new optimizer; frozen ones do not."""
     stock, ours = made().eval(), made().eval()
-    optimizers = [torch.optim.SGD(m.parameters(), 1e-2, momentum=0.9) for m in (stock, ours)]
+    optimizers = [torch.optim.SGD(groups(m), 1e-2, momentum=0.9) for m in (stock, ours)]
     for model in (stock, ours):
         model.decoder.multihead_attn.in_proj_bias.requires_grad_(False)
     start = copy.deepcopy(ours.state_dict())
@@ -166,6 +183,34 @@ def test_an_optimizer_built_before_keeps_training() -> None:
         moved = not torch.equal(parameter, start[name])
         assert moved == parameter.requires_grad, name
         torch.testing.assert_close(parameter, dict(stock.named_parameters())[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("first", ("average", "swap"))
+def test_a_running_average_of_the_weights_goes_on(first: str) -> None:
+    """Made before the swap or of the swapped model: names, values and buffers are those of the stock model's."""
+    made_of = {"average": lambda m: (ema(m), swap(m, batch())), "swap": lambda m: (swap(m, batch()), ema(m))}
+    stock, ours = made(), made()
+    averages = [ema(stock), *(each for each in made_of[first](ours) if isinstance(each, AveragedModel))]
+    for model, average in zip((stock, ours), averages, strict=True):
+        model.eval()
+        for _ in range(3):
+            with torch.no_grad():
+                for tensor in (*model.parameters(), *model.buffers()):
+                    tensor.add_(1)
+            average.update_parameters(model)
+    theirs, mine = (average.module.state_dict() for average in averages)
+    assert list(mine) == list(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=0, msg=name)
+    torch.testing.assert_close(averages[1](batch()), averages[0](batch()), atol=1e-4, rtol=1e-4)
+    undo(averages[1])
+    assert [type(m) for m in averages[1].module.modules()] == [type(m) for m in stock.modules()]
+
+
+def ema(model: nn.Module) -> AveragedModel:
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    average.eval()
+    return average
 
 
 def test_hooks_fire_and_see_what_they_saw() -> None:
@@ -183,6 +228,34 @@ def test_hooks_fire_and_see_what_they_saw() -> None:
     for model in (stock, ours):
         model(batch().requires_grad_()).sum().backward()
     assert seen[0] == seen[1] != []
+
+
+@pytest.mark.parametrize("where", ("meta", *(pytest.param("cuda", marks=pytest.mark.cuda) for _ in DEVICES[1:])))
+@pytest.mark.parametrize("first", ("swap", "device"))
+def test_before_and_after_a_change_of_device(where: str, first: str) -> None:
+    """No parameter stays behind or turns up elsewhere, and nothing that the swap keeps is bound to a device."""
+    model, example = made().eval(), batch()
+    if first == "device":
+        model, example = model.to(where), example.to(where)
+    swap(model, None if example.is_meta else example)
+    model.to(where)
+    assert {p.device.type for p in model.parameters()} == {where}
+    assert model(example.to(where)).device.type == where
+    undo(model)
+    assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {where}
+
+
+def test_a_model_without_numbers_is_swapped_unproven_and_filled_later() -> None:
+    stock = made().eval()
+    model = made().eval().to("meta")
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(SwapError, match="meta device.* takes it without example="):
+        swap(model, batch().to("meta"))
+    assert [type(module) for module in model.modules()] == before
+    swap(model)
+    model.load_state_dict(stock.state_dict(), assign=True)
+    torch.testing.assert_close(model(batch()), stock(batch()), atol=1e-5, rtol=1e-5)
+    assert all(runs(model).values())
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
@@ -266,6 +339,22 @@ def test_the_root_is_a_site_itself(root: nn.Module) -> None:
     done.undo()
     assert type(root) is was
     assert HELD not in root.__dict__
+
+
+def test_the_census_tells_runs_of_a_kernel_from_runs_in_full() -> None:
+    """A module that returns its weights uses no kernel, and to count modules would say that it does."""
+    model = nn.ModuleDict({name: nn.MultiheadAttention(16, 2, batch_first=True) for name in ("fused", "asked")})
+
+    def run(model: nn.Module) -> Any:
+        return [model[name](batch(), batch(), batch(), need_weights=name == "asked")[0] for name in ("fused", "asked")]
+
+    done = swap(model, run, backend="sdpa-math")
+    for _ in range(3):
+        run(model)
+    fused, asked = str(done.census).splitlines()[1:3]
+    assert fused.endswith("sdpa-math (3 runs)")
+    assert "sdpa-math" not in asked.partition(":")[2]
+    assert asked.endswith("in full for its weights (3 runs)")
 
 
 def test_a_second_swap_replaces_the_first() -> None:
@@ -363,6 +452,27 @@ def test_a_copy_is_swapped_on_its_own(again: Callable[[nn.Module], nn.Module]) -
     assert all(site_of(model.get_submodule(name)) for name in SITES)
     done.undo()
     torch.testing.assert_close(other(batch()), model(batch()))
+
+
+def test_a_model_that_keeps_what_its_last_run_computed() -> None:
+    """A tensor that belongs to a graph has no copy in PyTorch, and a swap looks at copies."""
+
+    class Keeps(Own):
+        last: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            self.last, self.all = out, {"maps": [out * 2]}
+            return out
+
+    model = Keeps()
+    out = model(batch())
+    done = swap(model, batch())
+    assert done.certificate is not None
+    assert done.certificate.passed
+    assert model.last is out
+    out.sum().backward()
+    assert model.qkv.weight.grad is not None
 
 
 def test_safetensors_both_ways(tmp_path: Path) -> None:
@@ -546,6 +656,29 @@ def test_wrapped_models_are_refused_with_a_remedy(wrap: str) -> None:
     assert state(model) == before
 
 
+def test_data_parallel_over_processes(tmp_path: Path) -> None:
+    """DistributedDataParallel reads its model's parameters when it is made: around it or inside it, both train."""
+    stock = made().eval()
+    stock(batch()).square().sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for first in ("swap", "wrap"):
+            model = made().eval()
+            if first == "swap":
+                swap(model, batch())
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            with pytest.raises(SwapError, match=r"got a DistributedDataParallel, takes the model inside"):
+                swap(wrapped, batch())
+            if first == "wrap":
+                swap(wrapped.module, batch())
+            wrapped(batch()).square().sum().backward()
+            assert all(runs(model).values())
+            for (name, mine), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+                torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-4, rtol=1e-4, msg=name)
+    finally:
+        dist.destroy_process_group()
+
+
 # -- the rest of the process ------------------------------------------------------------------------------------------
 
 
@@ -564,7 +697,8 @@ def process() -> dict[str, Any]:
             cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
             cuda.cudnn_sdp_enabled(),
             torch.backends.mha.get_fastpath_enabled(), torch.are_deterministic_algorithms_enabled(),
-            torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.is_grad_enabled(),
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic,
+            cuda.matmul.allow_tf32, torch.get_float32_matmul_precision(), torch.is_grad_enabled(),
             torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(),
         ),
         "dtype": torch.get_default_dtype(),
@@ -575,12 +709,14 @@ def process() -> dict[str, Any]:
             len(each)
             for each in (hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks)
         ],
+        "talk": (list(warnings.filters), logging.root.level, list(logging.root.handlers), sys.stdout, sys.stderr),
+        "paths": (list(sys.path), signal.getsignal(signal.SIGINT), sys.excepthook),
         "modes": len(torch.overrides._get_current_function_mode_stack()),
     }  # fmt: skip
 
 
-def test_nothing_process_wide_changes() -> None:
-    """Neither by a swap, nor while the model runs, nor by undo: flags, functions, classes, seeds, environment."""
+def test_nothing_process_wide_changes(capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither by a swap, nor while the model runs, nor by undo: flags, functions, classes, seeds, environment, talk."""
     model = made().eval()
     swap(made(), batch())  # what is imported on first use is here now
     before = process()
@@ -590,6 +726,7 @@ def test_nothing_process_wide_changes() -> None:
     assert process() == before
     done.undo()
     assert process() == before
+    assert capfd.readouterr() == ("", "")
 
 
 def test_classes_are_not_touched_so_other_models_are_not() -> None:
@@ -642,6 +779,23 @@ def test_torch_compile_in_one_graph(grad: bool) -> None:
     if grad:
         compiled(batch()).square().sum().backward()
         assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_model_that_compiles_itself_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nn.Module.compile keeps what it compiled: of the class that the module had then."""
+    torch._dynamo.reset()
+    stock, model = made().eval(), made().eval()
+    model.compile(backend="eager")
+    model(batch())
+    done = swap(model, batch())
+    attend = Site.attend
+    with monkeypatch.context() as patch:
+        patch.setattr(Site, "attend", lambda *args, **kwargs: attend(*args, **kwargs) * 2)
+        assert not torch.allclose(model(batch()), stock(batch()), atol=1e-2), "our forward is not what runs"
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(batch()), stock(batch()), atol=1e-5, rtol=1e-5)
+    done.undo()
+    torch.testing.assert_close(model(batch()), stock(batch()), atol=1e-5, rtol=1e-5)
 
 
 def test_torch_compile_of_multihead_with_weights_and_masks() -> None:
