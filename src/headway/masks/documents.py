@@ -56,15 +56,17 @@ class Packing(Remembers):
 
         return self.once(("ids", count), device, find)[0]
 
-    def extremes(self, corners: Tensor, size: int, count: int) -> Tensor:
-        """Each tile's lowest and highest document, as (low, high, -high, -low), of `count` positions in all."""
+    def extremes(self, corners: Tensor, size: int, count: int) -> tuple[Tensor, ...]:
+        """Each tile's (lowest, highest) document, and (highest, lowest), of `count` positions in all.
 
-        def find() -> tuple[Tensor]:
-            documents = self.ids(count, corners.device)[corners]  # ids ascend
-            documents[2:].neg_()
-            return (documents,)
+        Both as tiles of queries and as tiles of keys, the way tiles.Tiles has them.
+        """
 
-        return self.once(("extremes", size, count), corners.device, find)[0]
+        def find() -> tuple[Tensor, ...]:
+            ends, back = self.ids(count, corners.device)[corners].view(2, 2, 1, 1, -1)  # ids ascend
+            return ends[..., None], back[..., None], ends[..., None, :], back[..., None, :]
+
+        return self.once(("extremes", size, count), corners.device, find)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -118,8 +120,13 @@ class Documents(Mask):
             for name, given, real in (("longest", longest, packing.longest), ("total", total, packing.total)):
                 if given not in (None, real):
                     raise MaskError(f"got {name}={given}, but these cu_seqlens say {real}; leave {name} out")
+        return cls.packed(packing, packing)
+
+    @classmethod
+    def packed(cls, queries: Packing, keys: Packing) -> Documents:
+        """From what is known of them already; one packing for both says that they are packed alike."""
         mask = cls.__new__(cls)
-        mask._set(packing, packing)
+        mask._set(queries, keys)
         return mask
 
     def __repr__(self) -> str:
@@ -156,12 +163,11 @@ class Documents(Mask):
         return lambda b, h, q, k: q_doc[q] == k_doc[k]
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:
-        q = self.queries.extremes(tiles.q_corners, tiles.size, frame.q_len)
-        k = self.keys.extremes(tiles.k_corners, tiles.size, frame.kv_len)
-        # Two tiles share a document if the higher low is at most the lower high, and hold no other if the higher high
-        # is at most the lower low. The second of each is minus the maximum of the negated.
-        higher = torch.maximum(q[:, :, None], k[:, None, :])
-        return Blocks((higher[:2] + higher[2:] <= 0)[:, None, None])
+        q_ends, q_back, _, _ = self.queries.extremes(tiles.q_corners, tiles.size, frame.q_len)
+        _, _, k_ends, k_back = self.keys.extremes(tiles.k_corners, tiles.size, frame.kv_len)
+        # Two tiles share a document if each one's low is at most the other's high, and hold no other if each one's high
+        # is at most the other's low.
+        return Blocks((q_ends <= k_back) & (k_ends <= q_back))
 
     def shows(self, frame: Frame, witness: Witness) -> bool:
         return self.one_packing and frame.q_len == frame.kv_len and witness is not Witness.FIRST_KEY

@@ -10,21 +10,18 @@ import copy
 import functools
 import inspect
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.compiler import is_compiling
-from torch.utils.weak import WeakIdKeyDictionary
 
 from headway.errors import RequestError
-from headway.masks import Alibi, Bias, Causal, Documents, Mask, Predicate, Window
+from headway.masks import Bias, Causal, Documents, Mask
 from headway.masks.base import shape_of
 from headway.masks.causal import Align
 from headway.masks.documents import Packing
+from headway.sites.packed import Attends, Wanted, attend_packed, attend_rows, band, kept, packing, within
 from headway.sites.site import Site
 
 Translate = Callable[[Site, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -118,30 +115,46 @@ def _unbounded(side: int) -> int | None:
 
 
 def _attend_flash(site: Site, given: Mapping[str, Any], window: Iterable[int | None]) -> Tensor:
-    starts = _starts(given)
-    q, k, v = _operands(given, packed=starts is not None)
-    left, right = window
-    right = 0 if given["causal"] else right
-    slopes = given.get("alibi_slopes")
-    if starts is None:
-        mask = _all(_band(left, right, "lower-right"), _alibi(slopes, q, k))
-    else:
-        mask = _varlen(starts, given.get("max_seqlen", given.get("max_seqlen_q")), q, k, left, right)
-        mask = mask if slopes is None else mask & _alibi_of_documents(slopes, q, mask)
     if given.get("deterministic"):
         site = copy.copy(site)
         site.require = (*site.require, "deterministic")
+    return attend_flash(site, given, window)[0]
+
+
+def attend_flash(site: Attends, given: Mapping[str, Any], window: Iterable[int | None]) -> tuple[Tensor, ...]:
+    """The result, and the lse if the site tells it, both as flash_attn lays them out."""
+    starts = _starts(given)
+    q, k, v = _operands(given, packed=starts is not None)
+    left, right = window
     softcap = given.get("softcap", 0.0)
-    out = site.attend(
-        q, k, v, mask,
+    wanted = Wanted(
+        left,
+        0 if given["causal"] else right,
+        slopes=given.get("alibi_slopes"),
         scale=given["softmax_scale"],
         dropout=given.get("dropout_p", 0.0),
         softcap=softcap if softcap > 0 else None,
         sinks=given.get("learnable_sink"),
-    )  # fmt: skip
-    out = out.transpose(1, 2)
-    # Contiguous, as there: callers view the heads as one axis.
-    return (out if starts is None else out.squeeze(0)).contiguous()
+    )
+    if starts is None:
+        out, *lse = attend_rows(site, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), wanted)
+        return (out.transpose(1, 2).contiguous(), *lse)  # contiguous, as there: callers view the heads as one axis
+    queries, keys = _packings(given, starts, q, k)
+    out, *lse = attend_packed(site, q, k, v, queries, keys, wanted)
+    return (out.contiguous(), *lse)
+
+
+def _packings(given: Mapping[str, Any], starts: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Packing, Packing]:
+    """Two tensors of one content are one packing where nothing waits to read them."""
+    (q_name, q_most), (k_name, k_most) = (
+        ("cu_seqlens", "max_seqlen") if "cu_seqlens" in given else (f"cu_seqlens_{side}", f"max_seqlen_{side}")
+        for side in "qk"
+    )
+    queries = packing(q_name, starts[0], len(q), given.get(q_most), q.device)
+    if starts[0] is starts[1] and len(q) == len(k):
+        return queries, queries
+    keys = packing(k_name, starts[1], len(k), given.get(k_most), k.device)
+    return queries, queries if queries.lengths is not None and queries.lengths == keys.lengths else keys
 
 
 def _starts(given: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -157,7 +170,7 @@ def _starts(given: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
 
 
 def _operands(given: Mapping[str, Any], packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, L, D) each, from q, k and v that may share a tensor."""
+    """q, k and v, which may share a tensor, as flash_attn lays them out."""
     axes = 3 if packed else 4
     takes = "(tokens, heads, head_dim)" if packed else "(batch, length, heads, head_dim)"
     shared = next((name for name in ("qkv", "kv") if name in given), None)
@@ -173,116 +186,7 @@ def _operands(given: Mapping[str, Any], packed: bool) -> tuple[Tensor, Tensor, T
         raise RequestError(
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, takes {takes} for each: reshape them"
         )
-    q, k, v = (x[None] if packed else x for x in (q, k, v))
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def _band(left: int | None, right: int | None, align: Align) -> Mask | None:
-    if (left, right) == (None, None):
-        return None
-    return Causal(align) if (left, right) == (None, 0) else Window(left, right, align)
-
-
-def _alibi(slopes: Tensor | None, q: Tensor, k: Tensor) -> Mask | None:
-    """Slopes per head, or per batch entry and head; they get no gradient, as in flash_attn."""
-    if slopes is None:
-        return None
-    slopes = slopes.detach()
-    if slopes.dim() == 1:
-        return Alibi(slopes, "lower-right")
-    if tuple(slopes.shape) != (q.shape[0], q.shape[1]):
-        raise RequestError(f"got alibi_slopes {list(slopes.shape)}, takes (heads,) or (batch, heads)")
-    if len(slopes) == 1:
-        return Alibi(slopes[0], "lower-right")
-    q_len, kv_len = q.shape[2], k.shape[2]
-    rows = torch.arange(kv_len - q_len, kv_len, device=q.device)[:, None]
-    distance = (rows - torch.arange(kv_len, device=q.device)).abs()
-    return Bias(-slopes[..., None, None] * distance)
-
-
-def _alibi_of_documents(slopes: Tensor, q: Tensor, mask: Mask) -> Mask:
-    documents = next(part for part in (getattr(mask, "parts", None) or (mask,)) if isinstance(part, Documents))
-    if slopes.dim() != 1 or not documents.one_packing:
-        raise RequestError(
-            f"got alibi_slopes {list(slopes.shape)} with cumulative lengths, takes (heads,), and queries and keys of"
-            f" the same lengths: {_LEAVE_OUT}"
-        )
-    return Alibi(slopes.detach().to(q.device), "lower-right")
-
-
-def _all(*masks: Mask | None) -> Mask | None:
-    some = [mask for mask in masks if mask is not None]
-    return functools.reduce(lambda one, other: one & other, some) if some else None
-
-
-def _varlen(
-    starts: tuple[Tensor, Tensor], longest: int | None, q: Tensor, k: Tensor, left: int | None, right: int | None
-) -> Mask:
-    """The mask of packed sequences, once for all layers that are given the same lengths."""
-    q_starts, k_starts = starts
-    longest = None if longest is None else int(longest)
-
-    def make() -> Mask:
-        return _within(_documents(q_starts, k_starts, longest, q.shape[2]), left, right, "lower-right", q)
-
-    if q_starts.is_inference() or k_starts.is_inference():  # which do not tell when they change
-        return make()
-    at = (q.shape[2], k.shape[2], longest, left, right, q.device)
-    return kept(q_starts, k_starts, (q_starts._version, k_starts._version), at, make)
-
-
-def _documents(q_starts: Tensor, k_starts: Tensor, longest: int | None, total: int) -> Documents:
-    """Lengths on an accelerator are read only where queries and keys have tensors of their own, which may be equal."""
-    if q_starts is not k_starts:
-        queries, keys = (Documents.from_cu_seqlens(starts).queries for starts in (q_starts, k_starts))
-        return Documents(queries.lengths or (), keys.lengths)
-    if longest is None or q_starts.device.type == "cpu":  # where nothing waits to read it
-        return Documents.from_cu_seqlens(q_starts)
-    return Documents.from_cu_seqlens(q_starts, longest=longest, total=total)  # taken at its word, as flash_attn does
-
-
-def _within(documents: Documents, left: int | None, right: int | None, align: Align, q: Tensor) -> Mask:
-    """A band inside each document, aligned there."""
-    if (left, right) == (None, None) or not q.shape[2]:
-        return documents
-    if documents.one_packing:  # where indices differ as they do inside each document
-        return documents & cast(Mask, _band(left, right, align))
-    diagonal = _diagonal(documents.queries, documents.keys, align, q)
-    widest = torch.iinfo(torch.int32).max  # which bounds nothing, so that all bounds are one program
-    low = torch.tensor(-widest if left is None else -left, dtype=torch.int32, device=q.device)
-    high = torch.tensor(widest if right is None else right, dtype=torch.int32, device=q.device)
-
-    def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        step = k - diagonal[q]
-        return (step >= low) & (step <= high)
-
-    return documents & Predicate(near)
-
-
-def _diagonal(queries: Packing, keys: Packing, align: Align, q: Tensor) -> Tensor:
-    """For each query the key that its document lines it up with."""
-    at = slice(1, None) if align == "lower-right" else slice(None, -1)
-    shifts = keys.on(q.device)[at] - queries.on(q.device)[at]
-    count = q.shape[2]
-    documents = queries.ids(count, q.device).clamp(max=len(shifts) - 1)
-    return torch.arange(count, dtype=torch.int32, device=q.device) + shifts[documents]
-
-
-_MASKS: Any = WeakIdKeyDictionary()
-"""By a tensor or a bias, the last masks made of it."""
-
-
-def kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callable[[], Mask]) -> Mask:
-    """What `make` makes of two things, again only once they have changed."""
-    if is_compiling():  # a tracer makes it anew, and what it makes does not last
-        return make()
-    known = _MASKS.get(anchor)
-    if known is None or known[0]() is not other or known[1] != state:
-        known = _MASKS[anchor] = weakref.ref(other), state, {}
-    mask: Mask | None = known[2].get(at)
-    if mask is None:
-        mask = known[2][at] = make()
-    return mask
+    return q, k, v
 
 
 # -- xFormers ---------------------------------------------------------------------------------------------------------
@@ -333,7 +237,7 @@ def xformers_mask(bias: Any, query: Tensor, q: Tensor, k: Tensor) -> Mask | None
         return Causal("upper-left") & Bias(_four_axes(bias._bias, query))
     if name in _BANDS:
         left, right, align = _BANDS[name](bias)
-        return _band(left, right, align)
+        return band(left, right, align)
     if name in _BLOCKS:
         return _blocks(bias, q, k)
     known = ", ".join(("None", "a tensor", "LowerTriangularMaskWithTensorBias", *_BANDS, *_BLOCKS))
@@ -392,7 +296,7 @@ def _blocks(bias: Any, q: Tensor, k: Tensor) -> Mask:
         q_lengths, k_lengths = (
             [end - start for start, end in itertools.pairwise(starts)] for starts in (q_starts, k_starts)
         )
-        return _within(Documents(q_lengths, k_lengths), left, right, align, q)
+        return within(Documents(q_lengths, k_lengths), left, right, align, q)
 
     state = (q_starts, k_starts, left, right)
     return kept(bias, bias.k_seqinfo, state, (q.shape[2], k.shape[2], q.device), make)
