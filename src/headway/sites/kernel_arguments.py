@@ -94,7 +94,7 @@ def _is(value: Any, default: Any) -> bool:
 def flash(site: Site, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """flash_attn's functions, version 2: (B, L, H, D), or (tokens, H, D) with cumulative lengths."""
     given = _given(real, args, kwargs, _FLASH)
-    return _attend_flash(site, given, (_unbounded(side) for side in given["window_size"]))
+    return _attend_flash(site, given, (unbounded(side) for side in given["window_size"]))
 
 
 def flash4(
@@ -110,7 +110,7 @@ def flash4(
     return _attend_flash(site, given, (left, right)), None
 
 
-def _unbounded(side: int) -> int | None:
+def unbounded(side: int) -> int | None:
     return None if side < 0 else int(side)
 
 
@@ -125,9 +125,19 @@ def attend_flash(site: Attends, given: Mapping[str, Any], window: Iterable[int |
     """The result, and the lse if the site tells it, both as flash_attn lays them out."""
     starts = _starts(given)
     q, k, v = _operands(given, packed=starts is not None)
+    if starts is None:
+        out, *lse = attend_rows(site, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), wanted(given, window))
+        return (out.transpose(1, 2).contiguous(), *lse)  # contiguous, as there: callers view the heads as one axis
+    queries, keys = _packings(given, starts, q, k)
+    out, *lse = attend_packed(site, q, k, v, queries, keys, wanted(given, window))
+    return (out.contiguous(), *lse)
+
+
+def wanted(given: Mapping[str, Any], window: Iterable[int | None]) -> Wanted:
+    """What is asked for beside the operands, from flash_attn's names for it."""
     left, right = window
     softcap = given.get("softcap", 0.0)
-    wanted = Wanted(
+    return Wanted(
         left,
         0 if given["causal"] else right,
         slopes=given.get("alibi_slopes"),
@@ -136,12 +146,6 @@ def attend_flash(site: Attends, given: Mapping[str, Any], window: Iterable[int |
         softcap=softcap if softcap > 0 else None,
         sinks=given.get("learnable_sink"),
     )
-    if starts is None:
-        out, *lse = attend_rows(site, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), wanted)
-        return (out.transpose(1, 2).contiguous(), *lse)  # contiguous, as there: callers view the heads as one axis
-    queries, keys = _packings(given, starts, q, k)
-    out, *lse = attend_packed(site, q, k, v, queries, keys, wanted)
-    return (out.contiguous(), *lse)
 
 
 def _packings(given: Mapping[str, Any], starts: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Packing, Packing]:
@@ -171,8 +175,7 @@ def _starts(given: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
 
 def _operands(given: Mapping[str, Any], packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, which may share a tensor, as flash_attn lays them out."""
-    axes = 3 if packed else 4
-    takes = "(tokens, heads, head_dim)" if packed else "(batch, length, heads, head_dim)"
+    takes, axes = ("(tokens, heads, head_dim)", 3) if packed else ("(batch, length, heads, head_dim)", 4)
     shared = next((name for name in ("qkv", "kv") if name in given), None)
     if shared is not None:
         both, parts = given[shared], len(shared)
@@ -182,11 +185,24 @@ def _operands(given: Mapping[str, Any], packed: bool) -> tuple[Tensor, Tensor, T
         q, k, v = rest if parts == 3 else (given["q"], *rest)
     else:
         q, k, v = given["q"], given["k"], given["v"]
-    if not q.dim() == k.dim() == v.dim() == axes:
-        raise RequestError(
-            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, takes {takes} for each: reshape them"
-        )
+    check_operands(q, k, v, packed)
     return q, k, v
+
+
+def check_operands(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """In flash_attn's own layout, before any of it is laid out otherwise."""
+    takes, axes = ("(tokens, heads, head_dim)", 3) if packed else ("(batch, length, heads, head_dim)", 4)
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == axes:
+        raise RequestError(f"got {shapes}, takes {takes} for each: reshape them")
+    if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
+        raise RequestError(f"got {shapes}, takes {takes}: k and v alike, q and k of one head_dim")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise RequestError(
+            f"got {q.shape[-2]} query heads and {k.shape[-2]} key heads, takes a whole number of the first to each"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise RequestError(f"got q {q.dtype}, k {k.dtype}, v {v.dtype}, takes one floating-point dtype for all")
 
 
 # -- xFormers ---------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Attends(Protocol):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, scale: float | None, dropout: float,
         softcap: float | None, sinks: Tensor | None,
-    ) -> Tensor: ...  # fmt: skip
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,6 @@ class Wanted:
     dropout: float = 0.0
     softcap: float | None = None
     sinks: Tensor | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"scale": self.scale, "dropout": self.dropout, "softcap": self.softcap, "sinks": self.sinks}
 
 
 # -- rows of a batch --------------------------------------------------------------------------------------------------
@@ -91,7 +87,9 @@ def attend_rows(
 
 def _answer(site: Attends, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, wanted: Wanted) -> tuple[Tensor, ...]:
     """(result,), or (result, lse) from what answers with both."""
-    answer: Any = site.attend(q, k, v, mask, **wanted.options)
+    answer = site.attend(
+        q, k, v, mask, scale=wanted.scale, dropout=wanted.dropout, softcap=wanted.softcap, sinks=wanted.sinks
+    )
     return answer if isinstance(answer, tuple) else (answer,)
 
 
@@ -102,7 +100,8 @@ def _over_filler(q: Tensor, k: Tensor, wanted: Wanted, ends: Ends) -> Mask | Non
         if not _ends_differ(q, k, ends):
             plain = band(wanted.left, wanted.right, "lower-right")
             # Causal, no real query sees what is after it, and kernels know causal best when it stands alone.
-            return plain if wanted.right == 0 else both(_real_keys(k, ends), plain)
+            alone = wanted.right == 0 and ends.first_key is None
+            return plain if alone else both(_real_keys(k, ends), plain)
         return both(_real_keys(k, ends), _shifted_band(wanted.left, wanted.right, _diagonals(q, k, ends)))
 
     return remembered(ends, ("mask", q.shape[2], k.shape[2], wanted.left, wanted.right), make)
@@ -145,8 +144,8 @@ def _shifted_band(left: int | None, right: int | None, diagonal: Tensor) -> Mask
 # -- packed sequences -------------------------------------------------------------------------------------------------
 
 
-def packing(name: str, starts: Tensor, total: int, longest: int | None, device: torch.device) -> Packing:
-    """Cumulative lengths, checked; once for all layers that are given the same tensor."""
+def packing(name: str, starts: Tensor, total: int | None, longest: int | None, device: torch.device) -> Packing:
+    """Cumulative lengths, checked; once for all layers that are given the same tensor. A total of None is any."""
     longest = None if longest is None else int(longest)
     if not _lasts(device) or starts.is_inference():  # which does not tell when it changes
         return _packing(name, starts, total, longest, device)
@@ -164,7 +163,7 @@ _PACKINGS: Any = WeakIdKeyDictionary()
 """By a tensor of cumulative lengths, its version, and the packings made of it."""
 
 
-def _packing(name: str, starts: Tensor, total: int, longest: int | None, device: torch.device) -> Packing:
+def _packing(name: str, starts: Tensor, total: int | None, longest: int | None, device: torch.device) -> Packing:
     if starts.dtype != torch.int32 or starts.dim() != 1 or starts.shape[0] < 2:
         raise RequestError(
             f"got {name} {shape_of(starts)}, takes int32 (sequences + 1,): the cumulative lengths, with 0 in front;"
@@ -176,17 +175,22 @@ def _packing(name: str, starts: Tensor, total: int, longest: int | None, device:
         raise RequestError(
             f"got {name} on {starts.device} for operands on {device}, takes one device: {name}.to(device)"
         )
-    longest = total if longest is None else longest
     steps = starts.diff()
-    right = (starts[0] == 0) & (starts[-1] == total) & (steps.min() >= 0) & (steps.max() <= longest)
+    right = (starts[0] == 0) & (steps.min() >= 0)
+    if total is not None:
+        right = right & (starts[-1] == total)
+    if longest is not None:
+        right = right & (steps.max() <= longest)
     _assert_async(
-        right, f"{name} takes cumulative lengths that start at 0, never decrease, end at {total}, and are"
-        f" at most {longest} apart, as max_seqlen says"
-    )  # fmt: skip
-    return Packing(starts.clone(), total, longest)
+        right,
+        f"takes {name} that start at 0, never decrease, end at {total}, and are at most {longest} apart",
+    )
+    most = longest if longest is not None else total
+    assert most is not None
+    return Packing(starts.clone(), most * len(steps) if total is None else total, most)
 
 
-def _read_packing(name: str, starts: list[int], total: int, longest: int | None) -> Packing:
+def _read_packing(name: str, starts: list[int], total: int | None, longest: int | None) -> Packing:
     lengths = [end - start for start, end in itertools.pairwise(starts)]
     if starts[0] != 0:
         raise RequestError(
@@ -198,7 +202,7 @@ def _read_packing(name: str, starts: list[int], total: int, longest: int | None)
             f"got {name} that fall from {starts[at]} to {starts[at + 1]}, takes cumulative lengths, which never"
             " decrease: lengths.cumsum(0, dtype=torch.int32)"
         )
-    if starts[-1] != total:
+    if total is not None and starts[-1] != total:
         raise RequestError(
             f"got {name} that end at {starts[-1]} for {total} tokens, takes lengths that add up to all of them:"
             " cut the filler off, or count it as a sequence of its own"
@@ -207,7 +211,7 @@ def _read_packing(name: str, starts: list[int], total: int, longest: int | None)
         raise RequestError(
             f"got max_seqlen {longest} for a sequence of {max(lengths)} in {name}, takes {max(lengths)} or more"
         )
-    return Packing(torch.tensor(starts, dtype=torch.int32), total, max(lengths), tuple(lengths))
+    return Packing(torch.tensor(starts, dtype=torch.int32), starts[-1], max(lengths), tuple(lengths))
 
 
 def attend_packed(

@@ -1,3 +1,23 @@
-"""What `flash_attn` has, on `headway.attention`."""
+"""What `flash_attn` has, on `headway.attention`: it runs on any device, and any dtype."""
+
+from headway.shims.flash_attn.flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 
 __version__ = "2.8.3.post1+headway"  # "post1" keeps int(version.split(".")[2]) working, as people write it
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
