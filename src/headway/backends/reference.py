@@ -54,7 +54,7 @@ def weigh(
     highest = torch.where(highest == float("-inf"), 0.0, highest)
     weights = (logits - highest).exp()
     total = weights.sum(-1, keepdim=True)
-    sees = total > 0
+    sees = total != 0  # a NaN is no row that sees nothing
     total = torch.where(sees, total, 1.0)
     weights = weights / total
     if extras.sinks is not None:

@@ -7,11 +7,13 @@ and no selector can put another kernel in their place.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from headway.backends.kernel import Attended, Extras, gate_sinks
+from headway.backends.kernel import Attended, Extras, gate_sinks, repeat_kv
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
 from headway.masks.terms import terms
@@ -45,11 +47,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> At
         out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask.causal, attn_mask=mask.dense, scale=extras.scale
         )
+        if mask.dense is None:
+            out, lse = _with_nan(q, k, out, lse)
     elif mask.window is None:
         out, lse = _flash(q, k, v, extras.dropout, mask.causal, extras.scale)
     else:
         out, lse = _banded(q, k, v, extras.dropout, *mask.window, extras.scale)
     return gate_sinks(out, lse, extras.sinks)
+
+
+def _with_nan(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The CPU's kernel takes a row of NaN scores for one that sees nothing, and says 0 for both (pytorch#141128).
+
+    Every row sees the first key here, so its score tells. A look at lse is cheap, and spares the rest nearly always.
+    """
+    if type(lse) is Tensor and not is_compiling() and lse.all():
+        return out, lse
+    first, _ = repeat_kv(q, k[:, :, :1], k[:, :, :1])
+    lost = (q @ first.mT).isnan()
+    return out.masked_fill(lost, math.nan), lse.masked_fill(lost.squeeze(-1), math.nan)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
