@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
 
 from headway.errors import HeadwayError
@@ -347,6 +348,18 @@ def test_narrow_dtypes_err_no_more_than_pytorch(dtype: torch.dtype, need_weights
     assert mine[1] is None or mine[1].dtype == theirs[1].dtype == dtype
     error, allowed = ((out[0].double() - truth).square().mean().sqrt() for out in (mine, theirs))
     assert error <= 1.5 * allowed + torch.finfo(dtype).eps / 8
+
+
+@pytest.mark.parametrize("size, heads", ((63, 1), (63, 3), (63, 21), (21, 7), (24, 2)))
+def test_heads_of_odd_sizes(size: int, heads: int) -> None:
+    """Kernels want multiples of 8 or 16; what no kernel takes is computed by one that does, forward and backward."""
+    stock = nn.MultiheadAttention(size, heads, batch_first=True).double()
+    ours = copy.deepcopy(stock)
+    swap(ours)
+    for need_weights in (False, True):
+        x = (rand(2, 5, size).requires_grad_(),) * 3
+        kwargs = {"need_weights": need_weights}
+        assert_same(answer(ours, x, **kwargs), answer(stock, x, **kwargs), f"{size} in {heads}")
 
 
 # -- inside PyTorch's transformer layers ---------------------------------------------------------------------------
@@ -850,6 +863,161 @@ def test_an_encoder_with_wrapped_linears_runs_in_every_mode(norm_first: bool, pa
     assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]
     with torch.no_grad(), pytest.raises(AttributeError, match="weight"):
         ours.eval()(x, src_key_padding_mask=filler)
+
+
+class Scaled(nn.Linear):
+    """A linear whose weight is not all there is to it, as an adapter's, a quantised or an FP8 linear's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.7
+
+
+def scaled(linear: nn.Linear) -> Scaled:
+    made = Scaled(linear.in_features, linear.out_features)
+    made.load_state_dict(linear.state_dict())
+    return made
+
+
+def baked(linear: nn.Module) -> nn.Linear:
+    """A plain linear of the same function."""
+    made = nn.Linear(len(linear.linear.weight[0]) if isinstance(linear, Sigma) else linear.in_features, 1)
+    with torch.no_grad():
+        bias = linear(torch.zeros(made.in_features))
+        made.weight, made.bias = nn.Parameter((linear(torch.eye(made.in_features)) - bias).mT), nn.Parameter(bias)
+    return made
+
+
+@pytest.mark.parametrize("padded", (False, True), ids=("whole", "padded"))
+@pytest.mark.parametrize("wrap", (Sigma, scaled))
+@pytest.mark.parametrize("where", ("linear1", "linear2", "self_attn.out_proj"))
+def test_a_linear_is_called_in_every_mode(where: str, wrap: Any, padded: bool) -> None:
+    """PyTorch's fast path reads the weight: it raises where there is none, and else forgets what else was there."""
+    ours, stock = encoder(), encoder()
+    path, _, name = where.rpartition(".")
+    for mine, theirs in zip(ours.layers, stock.layers, strict=True):
+        wrapped = wrap(mine.get_submodule(where))
+        setattr(mine.get_submodule(path), name, wrapped)
+        setattr(theirs.get_submodule(path), name, baked(wrapped))
+    x = torch.randn(2, 6, 16)
+    filler = torch.tensor([[False] * 6, [False] * 4 + [True] * 2]) if padded else None
+    valid = slice(None) if filler is None else ~filler
+    done = swap(ours, lambda m: m(x, src_key_padding_mask=filler))
+    assert done.certificate is not None
+    assert done.certificate.passed
+    truth = stock(x, src_key_padding_mask=filler)[valid]
+    for name in MODES[:6]:
+        with mode(name, ours):
+            torch.testing.assert_close(ours(x, src_key_padding_mask=filler)[valid], truth, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", (nn.utils.weight_norm, nn.utils.spectral_norm))
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_norms_of_weights_by_hooks(norm: Any) -> None:
+    """The older ones compute the weight before each call; PyTorch never calls, and goes on with the first one."""
+    module = nn.MultiheadAttention(16, 2, batch_first=True)
+    norm(module.out_proj)
+    x = torch.randn(2, 6, 16)
+    for _ in range(20):  # until the spectral norm is one
+        module.out_proj(x)
+    done = swap(module, (x, x, x))
+    assert done.certificate is not None
+    assert done.certificate.passed
+    module.eval()
+    with torch.no_grad():
+        before = module(x, x, x)[0]
+        for parameter in module.out_proj.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        after = module(x, x, x)[0]
+        torch.testing.assert_close(after, by_hand(module, x))
+        assert not torch.allclose(after, before, atol=0.1)
+    module.train()(x, x, x)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.out_proj.parameters())
+
+
+class Improved(nn.Module):
+    """A layer of somebody's own, of which an encoder knows nothing but its self_attn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.norm = nn.MultiheadAttention(16, 2, batch_first=True), nn.LayerNorm(16)
+
+    def forward(
+        self, src: Tensor, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
+    ) -> Tensor:
+        out = self.self_attn(
+            src, src, src, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, need_weights=False
+        )
+        return self.norm(src + out[0])
+
+
+def test_an_encoder_of_other_layers() -> None:
+    stock = nn.TransformerEncoder(Improved(), 2)
+    ours = copy.deepcopy(stock)
+    swap(ours)
+    x, filler = torch.randn(2, 6, 16), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    for name in MODES[:6]:
+        before = runs(ours)
+        with mode(name, ours):
+            out = ours(x, src_key_padding_mask=filler)
+        assert runs(ours) == [count + 1 for count in before], name
+        with mode(name, stock):
+            torch.testing.assert_close(out[~filler], stock(x, src_key_padding_mask=filler)[~filler])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", (True, False), ids=("reentrant", "saved"))
+@pytest.mark.parametrize("first", ("swap", "checkpoint"))
+def test_checkpointed_layers(first: str, reentrant: bool) -> None:
+    """By PyTorch's own wrapper, through which an encoder finds self_attn: the same gradients, drop for drop."""
+    plain = encoder(activation="gelu")
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    ours = copy.deepcopy(plain)
+    x = torch.randn(2, 6, 16)
+    if first == "swap":
+        swap(ours, x)
+    impl = checkpoint_wrapper.CheckpointImpl.REENTRANT if reentrant else checkpoint_wrapper.CheckpointImpl.NO_REENTRANT
+    for i, layer in enumerate(ours.layers):
+        ours.layers[i] = checkpoint_wrapper.checkpoint_wrapper(layer, impl)
+    if first == "checkpoint":
+        done = swap(ours, x)
+        assert done.certificate is not None
+        assert done.certificate.passed
+    swap(plain)
+    for model in (ours, plain):
+        torch.manual_seed(1)
+        model.train()(x.clone().requires_grad_()).square().sum().backward()
+    assert runs(plain) == [1, 1]
+    assert runs(ours) == [2, 2], "once, and once more for the backward pass"
+    for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    undo(ours)
+    assert runs(ours) == []
+
+
+def test_a_wrapper_that_hides_the_attention_is_swapped_inside() -> None:
+    """PyTorch's encoder asks its first layer for self_attn and raises, swapped or not; alone the layer runs."""
+
+    class Hides(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    model = encoder().eval()
+    stock = copy.deepcopy(model)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = Hides(layer)
+    x = torch.randn(2, 6, 16)
+    with pytest.raises(AttributeError, match="self_attn"):
+        swap(model, x)
+    assert len(swap(model).census.swapped) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(model.layers[0](x), stock.layers[0](x))
+    assert runs(model) == [1, 0]
 
 
 def test_padded_rows_stay_as_pytorch_has_them_in_eval() -> None:
