@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 import pickle
 import warnings
@@ -18,7 +19,7 @@ from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
 
 from headway.errors import HeadwayError
-from headway.sites.multihead import set_meant
+from headway.sites.multihead import Multihead, set_meant
 from headway.sites.site import site_of
 from headway.swap import swap, undo
 
@@ -254,6 +255,50 @@ def test_a_row_that_sees_nothing_is_zero(need_weights: bool, how: str) -> None:
         assert not got["weights"][empty].any()
     for name, value in got.items():
         assert value is None or value.isfinite().all(), f"{name} is not finite"
+
+
+@pytest.mark.parametrize("inside", (True, False), ids=("in a layer", "alone"))
+def test_a_row_that_sees_nothing_has_one_answer_in_every_mode(inside: bool) -> None:
+    """PyTorch has three: NaN on the fast path, NaN with weights, 0 else (pytorch#190486)."""
+    torch.manual_seed(0)
+    stock: nn.Module = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    stock = stock if inside else stock.self_attn
+    ours = copy.deepcopy(stock)
+    swap(ours)
+    x, empty = torch.randn(2, 4, 16), torch.tensor([[True] * 4, [False] * 4])
+
+    def ask(model: nn.Module, name: str, need_weights: bool) -> Tensor:
+        with mode(name, model):
+            if inside:
+                return model(x, src_key_padding_mask=empty)
+            return model(x, x, x, key_padding_mask=empty, need_weights=need_weights)[0]
+
+    truth = ask(ours, "train", False)
+    assert truth.isfinite().all()
+    for name, need_weights in itertools.product(MODES[:6], (False,) if inside else (False, True)):
+        torch.testing.assert_close(ask(ours, name, need_weights), truth, atol=3e-6, rtol=1e-5)
+    assert not ask(stock, "eval no_grad", False).isfinite().all()
+
+
+def test_the_signature_is_pytorchs() -> None:
+    """What PyTorch adds to the module is seen here, not passed over."""
+    mine, theirs = (inspect.signature(kind.forward).parameters.values() for kind in (Multihead, nn.MultiheadAttention))
+    assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in theirs]
+
+
+def test_what_pytorchs_layers_read_is_as_it_was() -> None:
+    """A class that took the module's place without one of these made the layers raise."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    stock, ours = copy.deepcopy(layer).self_attn, layer.self_attn
+    swap(layer)
+    for name in ("batch_first", "_qkv_same_embed_dim", "embed_dim", "num_heads", "head_dim", "dropout", "kdim", "vdim"):
+        assert getattr(ours, name) == getattr(stock, name)
+    for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
+        assert torch.equal(ours.get_parameter(name), stock.get_parameter(name))
+    padding, causal = torch.tensor([[False, True]]), torch.tensor([[False, True], [False, False]])
+    mine, theirs = (one.merge_masks(causal, padding, torch.zeros(1, 2, 16)) for one in (ours, stock))
+    assert mine[1] == theirs[1]
+    assert torch.equal(mine[0], theirs[0])  # type: ignore[arg-type]
 
 
 def _wrong() -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, Any]]]:
@@ -1018,6 +1063,26 @@ def test_a_wrapper_that_hides_the_attention_is_swapped_inside() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model.layers[0](x), stock.layers[0](x))
     assert runs(model) == [1, 0]
+
+
+@pytest.mark.parametrize("only", ("*", "layers.0.*", "layers.1.*"))
+def test_an_encoder_whose_every_row_is_padded_keeps_its_length_and_its_answer(only: str) -> None:
+    """Packed and unpacked on the fast path, the answer once was as long as the longest row (pytorch#97111).
+
+    Also where one layer alone is swapped, so that what PyTorch's own layer packed comes to ours, or the other way.
+    """
+    stock = encoder().eval()
+    ours = copy.deepcopy(stock)
+    swap(ours, only=only)
+    x, filler = torch.randn(2, 6, 16), torch.tensor([[False] * 3 + [True] * 3, [False] * 4 + [True] * 2])
+    truth = stock(x, src_key_padding_mask=filler)[~filler]
+    for name in ("train", "eval", "eval no_grad", "eval inference"):
+        before = runs(ours)
+        with mode(name, ours):
+            out = ours(x, src_key_padding_mask=filler)
+        assert runs(ours) == [count + 1 for count in before], name
+        assert out.shape == x.shape
+        torch.testing.assert_close(out[~filler], truth, atol=5e-6, rtol=1e-5)
 
 
 def test_padded_rows_stay_as_pytorch_has_them_in_eval() -> None:

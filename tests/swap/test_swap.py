@@ -354,7 +354,7 @@ def test_the_census_tells_runs_of_a_kernel_from_runs_in_full() -> None:
     fused, asked = str(done.census).splitlines()[1:3]
     assert fused.endswith("sdpa-math (3 runs)")
     assert "sdpa-math" not in asked.partition(":")[2]
-    assert asked.endswith("in full for its weights (3 runs)")
+    assert asked.endswith(": in full for its weights (3 runs; a call that asks for none runs on a kernel)")
 
 
 def test_a_second_swap_replaces_the_first() -> None:

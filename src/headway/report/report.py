@@ -156,7 +156,8 @@ class Row:
         found = list(dict.fromkeys(decision.why for decision in self.ticket.decisions.values()))
         if self.ticket.in_full:
             times = "once" if self.ticket.in_full == 1 else f"{self.ticket.in_full} times"
-            found.append(f"computed in full {times}, because the caller wanted its weights")
+            wanted = "because the caller wanted its weights; a call that asks for none runs on a kernel"
+            found.append(f"computed in full {times}, {wanted}")
         return tuple(found)
 
     @property

@@ -47,10 +47,11 @@ def _line(ticket: Ticket) -> str:
         return f"  {name}  {ticket.kind}: left alone, because {ticket.because}"
     chosen = Counter({decision.backend().name: 0 for decision in ticket.decisions.values()})
     chosen.update(ticket.runs)
-    ran = ", ".join(f"{backend} ({count} runs)" for backend, count in chosen.most_common()) or "has not run yet"
-    whole = f", in full for its weights ({ticket.in_full} runs)" if ticket.in_full else ""
+    ran = [f"{backend} ({count} runs)" for backend, count in chosen.most_common()]
+    if ticket.in_full:
+        ran.append(f"in full for its weights ({ticket.in_full} runs; a call that asks for none runs on a kernel)")
     asked = "" if ticket.asked == "auto" else f" (asked for {ticket.asked})"
-    return f"  {name}  {ticket.kind}{asked}: {ran}{whole}"
+    return f"  {name}  {ticket.kind}{asked}: {', '.join(ran) or 'has not run yet'}"
 
 
 def _as_dict(ticket: Ticket) -> dict[str, Any]:
