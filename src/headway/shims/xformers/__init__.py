@@ -1,1 +1,11 @@
-"""What `xformers` has, on `headway.attention`."""
+"""xFormers' names, computed by `headway.attention`."""
+
+from headway.shims.importing import SUFFIX
+
+__version__ = f"0.0.35.post1{SUFFIX}"  # "post1" keeps int(version.split(".")[2]) working, as people write it
+_has_cpp_library = False
+_is_opensource = True
+
+
+def _is_triton_available() -> bool:
+    return False  # nothing here is xFormers' own kernel
