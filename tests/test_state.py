@@ -533,3 +533,33 @@ def test_kept_tensors_do_not_come_out_of_a_transform() -> None:
     )
     kept_now = [*frames._SCALARS.values(), *documents.queries.memo.values()]
     assert not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for pair in kept_now for t in pair)
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_a_plan_is_recalled_for_tensors_like_its_own_alone(guards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not guards:
+        monkeypatch.setattr(door, "_TENSOR_GUARDS", None)  # another version of torch may not have them
+    q, k, v = draw(2, 4, 9, 16)
+    memory, few = draw(2, 4, 7, 16)[1:], draw(2, 2, 9, 16)[1:]
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    learning = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    kinds = [(q, k, v), (q, *memory), (q, *few), strided, learning, [x.double() for x in (q, k, v)]]
+    for _ in range(3):  # each after each other
+        for some in kinds:
+            for mask in (None, Padding([some[1].shape[2], 4])):
+                check(Call(*some, mask=mask), learns=False)
+                assert attention(*some, mask=mask).requires_grad == (some is learning)
+                with torch.no_grad():
+                    assert not attention(*some, mask=mask).requires_grad
+
+
+def test_a_call_like_the_last_makes_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds in turns, as self- and cross-attention are; a key of all they are is most of a call's own time."""
+    q, k, v = draw(1, 2, 9, 16)
+    memory = draw(1, 2, 7, 16)[1:]
+    for some in ((q, k, v), (q, *memory)):
+        attention(*some, mask=None)
+    monkeypatch.setattr(door._Plans, "recall", lambda *_: pytest.fail("looked for by key"))
+    for _ in range(2):
+        attention(q, k, v)
+        attention(q, *memory)

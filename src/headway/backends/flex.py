@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from headway.backends.kernel import Attended, Extras, gate_sinks
 from headway.errors import RecompileBudgetError
-from headway.masks.base import Mask, Score
+from headway.masks.base import Mask, Score, narrowed
 from headway.masks.frame import Frame
 
 BUDGET = 16
@@ -51,9 +52,11 @@ def _largest(mask: Mask, frame: Frame) -> Tensor:
     a row of -1e30 that is 1e22, and its exponential NaN: such a row was seen to give NaN on an H200.
     """
     with torch.no_grad():
-        added = mask.added(frame, torch.float32)
-        assert added is not None  # the mask holds a bias
-        for part in getattr(mask, "parts", (mask,)):
+        parts: tuple[Mask, ...] = getattr(mask, "parts", (mask,))
+        pieces = [narrowed(one, one.dtype) for part in parts if (one := part.added(frame, torch.float32)) is not None]
+        wide = [torch.zeros(1, device=frame.device)] if len(pieces) > 1 else []
+        added = functools.reduce(operator.add, wide + pieces)
+        for part in parts:
             keep = part.keep(frame)
             if torch.broadcast_shapes(added.shape, keep.shape) == added.shape:
                 added = torch.where(keep, added, float("-inf"))

@@ -23,25 +23,25 @@ def block_mask(mask: Mask, frame: Frame, tile: int = TILE) -> BlockMask:
     mask.check(frame)
     tiles = tiles_of(frame, tile)
     blocks = mask.blocks(frame, tiles) or _evaluated(mask.to_bool(frame), tile)
-    grid = torch.broadcast_shapes(blocks.some.shape, (tiles.q_ends.shape[-2], tiles.k_ends.shape[-1]))
-    judged = blocks.judged.expand(2, *grid)
+    judged = blocks.judged.expand(*blocks.judged.shape[:3], tiles.q_ends.shape[-2], tiles.k_ends.shape[-1])
     if _one_launch(judged):
         from headway.masks.visits import visits
 
         by_query, by_key = visits(judged, frame.q_len, frame.kv_len, tile)
     else:
         by_query, by_key = _sorted(judged, tiles.inside)
-    (kv_counts, kv_indices), (q_counts, q_indices) = by_query, by_key
+    (kv_counts, full_kv_counts), (kv_indices, full_kv_indices) = (both.unbind() for both in by_query)
+    (q_counts, full_q_counts), (q_indices, full_q_indices) = (both.unbind() for both in by_key)
     fields: dict[str, Any] = {
         "seq_lengths": (frame.q_len, frame.kv_len),
-        "kv_num_blocks": kv_counts[0],
-        "kv_indices": kv_indices[0],
-        "full_kv_num_blocks": kv_counts[1],
-        "full_kv_indices": kv_indices[1],
-        "q_num_blocks": q_counts[0],
-        "q_indices": q_indices[0],
-        "full_q_num_blocks": q_counts[1],
-        "full_q_indices": q_indices[1],
+        "kv_num_blocks": kv_counts,
+        "kv_indices": kv_indices,
+        "full_kv_num_blocks": full_kv_counts,
+        "full_kv_indices": full_kv_indices,
+        "q_num_blocks": q_counts,
+        "q_indices": q_indices,
+        "full_q_num_blocks": full_q_counts,
+        "full_q_indices": full_q_indices,
         "BLOCK_SIZE": (tile, tile),
         "mask_mod": mask.rule(frame),
     }

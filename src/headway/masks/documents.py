@@ -43,6 +43,11 @@ class Packing(Remembers):
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         return cls(starts, sum(known), max(known), known)
 
+    @property
+    def count(self) -> int:
+        """How many sequences there are."""
+        return self.starts.shape[0] - 1
+
     def on(self, device: torch.device) -> Tensor:
         """The starts on `device`."""
         return self.moved(self.starts, device)

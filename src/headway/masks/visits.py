@@ -17,25 +17,25 @@ def visits(judged: Tensor, q_len: int, kv_len: int, tile: int) -> tuple[Lists, L
 
     `judged` is (2, batch, heads, query tiles, key tiles), as in tiles.Blocks; its axes may be expanded.
     """
-    _, batch, heads, rows, columns = judged.shape
-    entries, cells = batch * heads, batch * heads * rows * columns
-    counts = judged.new_empty(2 * entries * (rows + columns), dtype=torch.int32)
-    indices = judged.new_empty(4 * cells, dtype=torch.int32)
+    kinds, batch, heads, rows, columns = judged.shape
+    # Four tensors, not views of one: to make a tensor costs the host less than to cut one.
+    (q_counts, q_indices), (k_counts, k_indices) = (
+        (judged.new_empty(shape, dtype=torch.int32), judged.new_empty((*shape, width), dtype=torch.int32))
+        for shape, width in (((kinds, batch, heads, rows), columns), ((kinds, batch, heads, columns), rows))
+    )
     width: Any = triton.next_power_of_2(max(rows, columns))
     with torch.cuda.device_of(judged):
-        _write[(rows + columns, entries)](
-            judged, counts, indices, *judged.stride(), heads, rows, columns, entries, q_len, kv_len, tile, width
-        )
-    half = 2 * entries * rows
-    by_query = counts[:half].view(2, batch, heads, rows), indices[: 2 * cells].view(2, batch, heads, rows, columns)
-    by_key = counts[half:].view(2, batch, heads, columns), indices[2 * cells :].view(2, batch, heads, columns, rows)
-    return by_query, by_key
+        _write[(rows + columns, batch * heads)](
+            judged, q_counts, q_indices, k_counts, k_indices, *judged.stride(), heads, rows, columns,
+            batch * heads, q_len, kv_len, tile, width
+        )  # fmt: skip
+    return (q_counts, q_indices), (k_counts, k_indices)
 
 
 @triton.jit
 def _write(
-    judged, counts, indices, of_kind, of_batch, of_head, of_row, of_column, heads, rows, columns, entries,
-    q_len, kv_len, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    judged, q_counts, q_indices, k_counts, k_indices, of_kind, of_batch, of_head, of_row, of_column, heads, rows, columns,
+    entries, q_len, kv_len, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program a list: the first `rows` programs list key tiles, the others query tiles."""
     line, entry = tl.program_id(0), tl.program_id(1)
@@ -51,8 +51,11 @@ def _write(
     every = (tl.load(at + of_kind, mask=real, other=0) != 0) & real
     # A tile that hangs over the edge is never full: kernels check bounds only where they check the rule.
     full = every & ((q + 1) * TILE <= q_len) & ((k + 1) * TILE <= kv_len)
-    counts += by_key * 2 * entries * rows + entry * length + line
-    indices += by_key * 2 * entries * rows * columns + (entry * length + line) * width
+    counts, indices = q_counts, q_indices
+    if by_key:
+        counts, indices = k_counts, k_indices
+    counts += entry * length + line
+    indices += (entry * length + line) * width
     _list(counts, indices, some & (full == 0), other, real)
     _list(counts + entries * length, indices + entries * rows * columns, full, other, real)
 
