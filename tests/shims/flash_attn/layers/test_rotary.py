@@ -115,9 +115,9 @@ def test_packed_sequences_each_start_at_their_own_offset(
 
 def parts(x: Tensor, heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
     if x.dim() == 5:
-        return x.unbind(2)  # type: ignore[return-value]
+        return x.unbind(2)
     others = (x.shape[2] - (heads_q or 0)) // 2
-    return x.split([heads_q or 0, others, others], 2)  # type: ignore[return-value]
+    return x.split([heads_q or 0, others, others], 2)
 
 
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "made"])

@@ -255,7 +255,7 @@ def by_hand(
             return x
         taps, length = weights[f"{name}.weight"][:, 0], x.shape[1]
         past = nn.functional.pad(x, (0, 0, 2, 0))
-        return sum((past[:, i : i + length] * taps[:, i] for i in range(3)), weights[f"{name}.bias"])  # type: ignore[return-value]
+        return sum((past[:, i : i + length] * taps[:, i] for i in range(3)), weights[f"{name}.bias"])
 
     heads_kv = options.get("num_heads_kv", HEADS)
     if options.get("cross_attn"):
@@ -444,7 +444,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a cache and convolution": (call({"dwconv": True, "layer_idx": 0}, inference_params=Cache(9, 2)), "with dwconv"),
     "a cache too short": (call({"layer_idx": 0}, inference_params=Cache(5, 2)), "takes what a cache [2, 5,"),
     "a cache too small": (call({"layer_idx": 0}, inference_params=Cache(9, 1)), "takes what a cache [1, 9,"),
-    "a group": (lambda: ParallelMHA(DIM, HEADS, object()), "got ParallelMHA"),  # type: ignore[arg-type]
+    "a group": (lambda: ParallelMHA(DIM, HEADS, object()), "got ParallelMHA"),
     "unpacked qkv": (lambda: SelfAttention()(X), "takes (batch, length, 3, heads, head_dim)"),
     "unpacked kv": (lambda: CrossAttention()(X, X), "(batch, length, 2, key heads, head_dim)"),
     "lengths of queries alone": (

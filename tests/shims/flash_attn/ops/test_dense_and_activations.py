@@ -120,11 +120,11 @@ def test_the_mlp_compiles_whole() -> None:
 
 X, W = torch.zeros(2, 6), torch.zeros(6, 6)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "ParallelFusedMLP": (lambda: ParallelFusedMLP(6, process_group=object()), "got ParallelFusedMLP, which splits"),  # type: ignore[arg-type]
-    "ColumnParallelLinear": (lambda: ColumnParallelLinear(6, 6, object()), "got ColumnParallelLinear"),  # type: ignore[arg-type]
-    "RowParallelLinear": (lambda: RowParallelLinear(6, 6, object()), "got RowParallelLinear"),  # type: ignore[arg-type]
+    "ParallelFusedMLP": (lambda: ParallelFusedMLP(6, process_group=object()), "got ParallelFusedMLP, which splits"),
+    "ColumnParallelLinear": (lambda: ColumnParallelLinear(6, 6, object()), "got ColumnParallelLinear"),
+    "RowParallelLinear": (lambda: RowParallelLinear(6, 6, object()), "got RowParallelLinear"),
     "a group to FusedDense": (lambda: FusedDense(6, 6)(X, object()), "got fused_dense_func with a process_group"),
-    "a group to FusedMLP": (lambda: FusedMLP(6)(X, object()), "got fused_mlp_func with a process_group"),  # type: ignore[arg-type]
+    "a group to FusedMLP": (lambda: FusedMLP(6)(X, object()), "got fused_mlp_func with a process_group"),
     "an activation": (lambda: FusedMLP(6, activation="gelu"), "takes 'gelu_approx', 'relu', 'sqrelu'"),
     "an activation of the function": (lambda: fused_mlp_func(X, W, W, activation="silu"), "got activation='silu'"),
     "a level": (lambda: FusedMLP(6, checkpoint_lvl=3), "got checkpoint_lvl=3"),
