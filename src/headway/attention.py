@@ -102,19 +102,18 @@ def attention(
         _ENVIRON.get(_IN_ENVIRON) if backend == "auto" else backend, require, return_lse,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    for alike, plan in _PLANS.recent.get(ask, ()):
+    for alike, known in _PLANS.recent.get(ask, ()):
         if alike(q, k, v):
+            plan = known
             break
     else:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
             q.device, k.device, v.device, q.requires_grad or k.requires_grad or v.requires_grad, ask,
         )  # fmt: skip
-        known = _PLANS.get(key)
-        if known is None:
-            known = _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-            _PLANS[key] = known
-        plan = known
+        if key not in _PLANS:
+            _PLANS[key] = _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
+        plan = _PLANS[key]
         _PLANS.recall(ask, q, k, v, plan)
     try:
         if plain_options and plan.is_bare:  # as `run` does it, without what a call more would cost
