@@ -111,9 +111,11 @@ def attention(
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
             q.device, k.device, v.device, q.requires_grad or k.requires_grad or v.requires_grad, ask,
         )  # fmt: skip
-        if key not in _PLANS:
-            _PLANS[key] = _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-        plan = _PLANS[key]
+        found = _PLANS.get(key)  # held: another thread may empty them all
+        if found is None:
+            found = _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
+            _PLANS[key] = found
+        plan = found
         _PLANS.recall(ask, q, k, v, plan)
     try:
         if plain_options and plan.is_bare:  # as `run` does it, without what a call more would cost

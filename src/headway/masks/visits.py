@@ -26,7 +26,15 @@ def visits(judged: Tensor, q_len: int, kv_len: int, tile: int) -> tuple[Lists, L
     width: Any = triton.next_power_of_2(max(rows, columns))
     with torch.cuda.device_of(judged):
         _write[(rows + columns, batch * heads)](
-            judged, q_counts, q_indices, k_counts, k_indices, of_kind, of_batch, of_head, of_row, of_column,
+            judged, q_counts, q_indices, k_counts, k_indices, *judged.stride(), heads, rows, columns,
+            batch * heads, q_len, kv_len, tile, width
+        )  # fmt: skip
+    return (q_counts, q_indices), (k_counts, k_indices)
+
+
+@triton.jit
+def _write(
+    judged, q_counts, q_indices, k_counts, k_indices, of_kind, of_batch, of_head, of_row, of_column,
     heads, rows, columns, entries, q_len, kv_len, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program a list: the first `rows` programs list key tiles, the others query tiles."""
