@@ -154,10 +154,10 @@ def _packings(given: Mapping[str, Any], starts: tuple[Tensor, Tensor], q: Tensor
         ("cu_seqlens", "max_seqlen") if "cu_seqlens" in given else (f"cu_seqlens_{side}", f"max_seqlen_{side}")
         for side in "qk"
     )
-    queries = packing(q_name, starts[0], len(q), given.get(q_most), q.device)
-    if starts[0] is starts[1] and len(q) == len(k):
+    queries = packing(q_name, starts[0], q.shape[0], given.get(q_most), q.device)
+    if starts[0] is starts[1] and q.shape[0] == k.shape[0]:
         return queries, queries
-    keys = packing(k_name, starts[1], len(k), given.get(k_most), k.device)
+    keys = packing(k_name, starts[1], k.shape[0], given.get(k_most), k.device)
     return queries, queries if queries.lengths is not None and queries.lengths == keys.lengths else keys
 
 

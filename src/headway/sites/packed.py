@@ -144,9 +144,11 @@ def _shifted_band(left: int | None, right: int | None, diagonal: Tensor) -> Mask
 # -- packed sequences -------------------------------------------------------------------------------------------------
 
 
-def packing(name: str, starts: Tensor, total: int | None, longest: int | None, device: torch.device) -> Packing:
+def packing(
+    name: str, starts: Tensor, total: int | None, longest: int | Tensor | None, device: torch.device
+) -> Packing:
     """Cumulative lengths, checked; once for all layers that are given the same tensor. A total of None is any."""
-    longest = None if longest is None else int(longest)
+    longest = int(longest) if isinstance(longest, Tensor) else longest  # a tracer's number must stay its own
     if not _lasts(device) or starts.is_inference():  # which does not tell when it changes
         return _packing(name, starts, total, longest, device)
     known = _PACKINGS.get(starts)
@@ -183,7 +185,7 @@ def _packing(name: str, starts: Tensor, total: int | None, longest: int | None, 
         right = right & (steps.max() <= longest)
     _assert_async(
         right,
-        f"takes {name} that start at 0, never decrease, end at {total}, and are at most {longest} apart",
+        f"takes {name} that start at 0, never decrease, end at the number of tokens, and are at most max_seqlen apart",
     )
     most = longest if longest is not None else total
     assert most is not None
@@ -220,7 +222,7 @@ def attend_packed(
     """q (tokens, H, D), k and v (tokens, G, D); the result (tokens, H, D), and lse (H, tokens) if the site tells it."""
     if queries.starts.shape != keys.starts.shape:
         raise RequestError(
-            f"got cumulative lengths of {len(queries.starts) - 1} sequences of queries and {len(keys.starts) - 1} of"
+            f"got cumulative lengths of {queries.count} sequences of queries and {keys.count} of"
             " keys, takes as many of one as of the other; a sequence may have length 0"
         )
     if _is_full(queries) and _is_full(keys):
@@ -233,17 +235,17 @@ def attend_packed(
 
 
 def _in_rows(x: Tensor, packing: Packing) -> Tensor:
-    return x.reshape(len(packing.starts) - 1, packing.longest, *x.shape[1:]).transpose(1, 2)
+    return x.reshape(packing.count, packing.longest, *x.shape[1:]).transpose(1, 2)
 
 
 def _is_full(packing: Packing) -> bool:
     """Whether all sequences are as long as the longest, by their sum; nothing is read."""
-    return (len(packing.starts) - 1) * packing.longest == packing.total
+    return packing.count * packing.longest == packing.total
 
 
 def _stays_packed(q: Tensor, queries: Packing, keys: Packing, wanted: Wanted) -> bool:
     """Whether a kernel here knows documents with all that is wanted, or their padded rows would be more work."""
-    padded = (len(queries.starts) - 1) * queries.longest * keys.longest
+    padded = queries.count * queries.longest * keys.longest
     alike = wanted.slopes is None or (wanted.slopes.dim() == 1 and queries is keys)
     if padded > queries.total * keys.total and alike:
         return True
@@ -290,7 +292,7 @@ def attend_padded(
 
 def put(x: Tensor, packing: Packing) -> Tensor:
     """(tokens, ...) as (sequences, longest, ...), with zeros for filler."""
-    count = len(packing.starts) - 1
+    count = packing.count
     rows = x.new_zeros(count * packing.longest, *x.shape[1:])
     return rows.index_copy(0, _places(packing, x.device), x).view(count, packing.longest, *x.shape[1:])
 
@@ -304,7 +306,7 @@ def _places(packing: Packing, device: torch.device) -> Tensor:
     """For each token its place in the rows of a batch."""
 
     def find() -> tuple[Tensor]:
-        row = packing.ids(packing.total, device).clamp(max=len(packing.starts) - 2)
+        row = packing.ids(packing.total, device).clamp(max=packing.count - 1)
         at = torch.arange(packing.total, dtype=torch.int32, device=device) - packing.on(device)[row]
         return ((row * packing.longest + at).long(),)
 

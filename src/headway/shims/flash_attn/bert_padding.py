@@ -1,6 +1,6 @@
 """flash_attn.bert_padding: filler taken out of padded batches, and put back.
 
-What is left of a padded batch has a size that only its mask knows, so `unpad_input` and its kin wait for the device once,
+What is left of a padded batch has a size that only its mask knows, so `unpad_input` and its kin wait for the device,
 as they do there.
 """
 
@@ -31,7 +31,7 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """(batch, length, ...) without its filler: the tokens, their indices, cu_seqlens, max_seqlen, tokens in use per row.
+    """(batch, length, ...) without filler: the tokens, their indices, cu_seqlens, max_seqlen, tokens in use per row.
 
     `attention_mask` (batch, length) is 1 for a token; `unused_mask` is 1 for one that is kept but not in use.
 
