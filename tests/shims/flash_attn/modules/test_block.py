@@ -291,8 +291,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "ParallelMLP": (lambda: ParallelMLP(6), "got ParallelMLP"),
     "ParallelGatedMlp": (lambda: ParallelGatedMlp(6, object()), "got ParallelGatedMlp"),
     "ParallelGPT2Embeddings": (lambda: ParallelGPT2Embeddings(6, 9, 0, object()), "got ParallelGPT2Embeddings"),
-    "a group of rows": (lambda: VocabParallelEmbedding(9, 4, process_group=object()), "got VocabParallelEmbedding with"),
-    "a group of columns": (lambda: ColumnParallelEmbedding(9, 4, process_group=object()), "got ColumnParallelEmbedding"),
+    "a group of rows": (lambda: VocabParallelEmbedding(9, 4, process_group=object()), "got VocabParallel"),
+    "a group of columns": (lambda: ColumnParallelEmbedding(9, 4, process_group=object()), "got ColumnParallel"),
 }  # fmt: skip
 
 
