@@ -348,6 +348,14 @@ def test_an_operator_says_what_it_takes_and_runs(op: Any) -> None:
     assert "takes" in reason
 
 
+def test_operators_declare_every_bias_that_is_tested() -> None:
+    tested = {type(make().bias) for make in CASES.values()} | {type(None), Tensor, ab.LowerTriangularMaskWithTensorBias}
+    for op in (*fmha.ALL_FW_OPS, *fmha.ALL_BW_OPS):
+        assert set(op.SUPPORTED_ATTN_BIAS_TYPES) == tested
+        dtype, *_ = op.SUPPORTED_DTYPES
+        assert dtype.is_floating_point
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 FOUR = (torch.zeros(2, 4, 2, 8),) * 3

@@ -627,3 +627,13 @@ VARLEN_BIASES = (
     PagedBlockDiagonalPaddedKeysMask,
     PagedBlockDiagonalGappyKeysMask,
 )
+
+BIASES = tuple(
+    kind
+    for name, kind in list(vars().items())
+    if isinstance(kind, type)
+    and issubclass(kind, AttentionBias)
+    and not name.startswith("_")
+    and name != "AttentionBias"
+)
+"""All that attention takes."""

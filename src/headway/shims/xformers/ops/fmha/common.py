@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Set
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from headway.shims.xformers.ops.common import BaseOperator
 from headway.shims.xformers.ops.fmha.attend import Inputs, attend, attend_with_lse, gradients, refusals
+from headway.shims.xformers.ops.fmha.attn_bias import BIASES
 
 __all__ = [
     "AttentionBwOpBase", "AttentionFwOpBase", "AttentionOp", "AttentionOpBase", "Context", "Gradients", "Inputs",
@@ -38,7 +42,14 @@ class AttentionOpBase(BaseOperator):
     """A name for a kernel of xFormers'. As `op=` it is accepted, as a wish that changes no result."""
 
     OPERATOR_CATEGORY: ClassVar[str] = "memory_efficient_attention"
-    VARLEN_LSE_PACKED: ClassVar[bool] = True
+    SUPPORTED_DEVICES: ClassVar[Set[str]] = frozenset({"cpu", "cuda", "mps"})
+    SUPPORTED_DTYPES: ClassVar[Set[torch.dtype]] = frozenset(
+        {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    )
+    SUPPORTED_MAX_K: ClassVar[float] = math.inf
+    SUPPORTED_ATTN_BIAS_TYPES: ClassVar[tuple[type, ...]] = (type(None), Tensor, *BIASES)
+    SUPPORTS_DROPOUT = SUPPORTS_CUSTOM_SCALE = SUPPORTS_DIFFERENT_VALUE_EMBED = SUPPORTS_OUTPUT_DTYPE = True
+    SUPPORTS_PARTIAL = SUPPORTS_BMGHK = SUPPORTS_ATTN_BIAS_GRAD = IS_DETERMINISTIC = VARLEN_LSE_PACKED = True
 
     @classmethod
     def supports(cls, d: Inputs) -> bool:
