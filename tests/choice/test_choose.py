@@ -178,6 +178,15 @@ def test_a_large_structured_mask_is_not_spread_out() -> None:
     assert choose(ask(**BF16, **padded), H100).accepted[0] == "flex"
 
 
+@pytest.mark.parametrize("machine", (H100, A100, B200), ids=lambda machine: machine.name)
+@pytest.mark.parametrize("wants", (seen_by("bias"), seen_by("dense"), seen_by("causal"), heads_of(288), heads_of(512)))
+@pytest.mark.parametrize("learns", (False, True))
+def test_heads_that_share_keys_stay_on_a_fused_kernel(machine: Machine, wants: dict[str, Any], learns: bool) -> None:
+    """By torch's own choice such calls go to math without a word, and write all scores (diffusers#14518)."""
+    decision = choose(ask(**BF16, kv_heads=4, needs_grad=learns, **wants), machine)
+    assert decision.accepted[0] not in ("sdpa-math", "reference")
+
+
 def test_measured_times_go_before_the_declared_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "measured", lambda *_: {"sdpa-flash": 0.5, "sdpa-cudnn": 0.75})
     decision = choose(ask(**BF16), H100)

@@ -270,6 +270,20 @@ def test_the_swap_takes_these_models_too(name):
         torch.testing.assert_close(model(**inputs).sample, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_model_set_to_flex_is_told_of_by_the_census():
+    """There causal attention without a mask is not causal, and without a word; a swap had found no attention at all."""
+    model, inputs = flux()
+    model.set_attention_backend("flex")
+    try:
+        for name in ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn"):
+            tickets = {ticket.name: ticket for ticket in headway.inspect(model, inputs).tickets}
+            assert tickets[name].kind == "flex_attention"
+            assert "it calls flex_attention" in tickets[name].because
+    finally:
+        dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
+
+
 # -- the arguments ----------------------------------------------------------------------------------------------------
 
 

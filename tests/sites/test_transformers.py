@@ -9,6 +9,7 @@ import importlib
 import io
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
-from headway.errors import RequestError
+import headway
+from headway.errors import RequestError, SwapError
 from headway.masks import Causal, Documents, Padding, Window
 from headway.sites import transformers as ours
 from headway.sites.site import HELD, Site, Ticket, site_of
@@ -337,6 +339,36 @@ def test_queries_dropped_after_the_mask_was_made_keep_their_place():
     torch.testing.assert_close(out.transpose(1, 2), want)
 
 
+@pytest.fixture
+def unmasked() -> Iterator[str]:
+    """sdpa by another name, which transformers makes no masks for."""
+    modeling = importlib.import_module("transformers.modeling_utils")
+    sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
+    modeling.AttentionInterface.register("unmasked", sdpa)
+    yield "unmasked"
+    modeling.AttentionInterface._global_mapping.pop("unmasked")
+
+
+def test_attention_that_was_given_no_masks_is_named(unmasked):
+    """Padding was lost before the swap (transformers#46132); to be proven right against that is no proof."""
+    model = decoder("llama", "sdpa")
+    inputs = {"input_ids": ids(2, 9), "attention_mask": real("left")}
+    valid = real("left").bool()
+    want = model(**inputs).logits[valid]
+    model.set_attn_implementation(unmasked)
+    before, lost = state(model), model(**inputs).logits[valid]
+    assert not torch.allclose(lost, want, atol=0.1)
+    with pytest.raises(SwapError, match="'unmasked' was registered without a mask function"):
+        headway.swap(model, inputs)
+    assert state(model) == before
+    assert torch.equal(model(**inputs).logits[valid], lost)
+    assert any("'unmasked' was registered" in note for note in headway.swap(model).census.notes)
+    torch.testing.assert_close(model(**inputs).logits[valid], want, atol=1e-5, rtol=1e-5)  # which now has its masks
+    headway.undo(model)
+    model.set_attn_implementation("sdpa")
+    assert headway.swap(model, inputs).census.notes == ()
+
+
 # -- the call ---------------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +525,56 @@ def test_sparse_attention_says_why():
 
 def test_a_model_of_nobody_elses_has_no_sites():
     assert ours.find(nn.TransformerEncoderLayer(16, 2)) == []
+
+
+def test_a_wrapper_whose_config_says_eager_is_told_by_what_it_runs():
+    """A wrapped model of another library asks no config (transformers#47939): the label lies, the census does not."""
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    class Wrapper(tf.PreTrainedModel):
+        config_class = tf.TimmWrapperConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.timm_model = Inner()
+            self.post_init()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.timm_model(x)
+
+    model, x = Wrapper(tf.TimmWrapperConfig()), numbers(1, 2, 5, 8)
+    for label in ("eager", "headway"):
+        model.config._attn_implementation = label
+        with headway.swap(model, x, backend="sdpa-math") as done:
+            (ticket,) = done.census.swapped
+            assert (ticket.name, ticket.kind) == ("timm_model", "F.scaled_dot_product_attention")
+            model(x)
+            assert ticket.runs == {"sdpa-math": 1}
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_part_of_a_composite_switched_by_name(part):
+    """That part alone computes by Headway, with the masks it makes for itself; a swap then takes both."""
+    config, inputs = ENCODERS["llava"]
+    model = filled(tf.AutoModel.from_config(config(), attn_implementation="sdpa"))
+    valid = inputs["attention_mask"].bool()
+    want = model(**inputs).last_hidden_state[valid]
+    ran = []
+    model.set_attn_implementation({part: "headway"})
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_hook(lambda module, *_: ran.append(module.config._attn_implementation))
+    torch.testing.assert_close(model(**inputs).last_hidden_state[valid], want, atol=1e-5, rtol=1e-5)
+    assert sorted(ran) == ["headway"] * 2 + ["sdpa"] * 2
+    done = headway.swap(model, inputs)
+    assert len(done.census.swapped) == 4
+    done.undo()
+    labels = {name: getattr(model.config, name)._attn_implementation for name in ("text_config", "vision_config")}
+    assert labels.pop(part) == "headway"
+    assert set(labels.values()) == {"sdpa"}
 
 
 # -- in and out -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import functools
 import importlib
 import re
 import sys
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -578,6 +578,23 @@ def _is_named_attention(module: nn.Module) -> bool:
 
 def _has_below(module: nn.Module, taken: Collection[nn.Module]) -> bool:
     return any(other in taken for other in module.modules())
+
+
+def notes(found: Iterable[Found]) -> Iterator[str]:
+    """Attention of others whose models make no masks for it, as transformers does where it knows of none."""
+    masking = sys.modules.get("transformers.masking_utils")
+    if masking is None:
+        return
+    configs = (site.module.__dict__.get("config") for site in found if site.kind == KIND)
+    used = {getattr(_plain(config), _INTERNAL, None): None for config in configs}
+    for name in used:
+        if name is None or name in masking.ALL_MASK_ATTENTION_FUNCTIONS:
+            continue
+        yield (
+            f"attn_implementation {name!r} was registered without a mask function, so the model makes no masks for it,"
+            " and padding is lost; swapped it makes them: register one with AttentionMaskInterface, or"
+            " model.set_attn_implementation('sdpa') first, to compare with that"
+        )
 
 
 # -- the swap ---------------------------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def swap(
 
             certificate = prove(model, run, plan.swapped, _as_it_was, put_back)
             if certificate.whole is not None and certificate.whole.failure:
-                raise SwapError(f"each site alone is proven, but not the whole model: {certificate.whole.failure}")
+                said = "; ".join((certificate.whole.failure, *plan.notes))
+                raise SwapError(f"each site alone is proven, but not the whole model: {said}")
     except BaseException:
         undo(model)
         _put_back(model, earlier)
@@ -208,7 +209,7 @@ def _plan(
         (*tickets, *_by_hand(found, seen), *_unseen(found, seen)),
         (
             *(*multihead.notes(model), *replaced.notes(found), *kernel_calls.notes(model)),
-            *(*unseen.notes(), *_notes(seen)),
+            *(*transformers.notes(found), *unseen.notes(), *_notes(seen)),
         ),
     )
 
