@@ -56,7 +56,9 @@ class Cache:
             rows = torch.arange(batch, device=k.device) if self.rows is None else self.rows.long()
             at = rows[:, None], places
         else:
-            at = self.pages.long().gather(1, places // self.k.shape[1]), places % self.k.shape[1]
+            pages = self.pages.long().gather(1, places // self.k.shape[1])
+            self._insist_pages((pages >= 0) & (pages < len(self.k)))
+            at = pages, places % self.k.shape[1]
         self.k[at], self.v[at] = k, v
         return ends + count
 
@@ -93,5 +95,8 @@ class Cache:
         starts = torch.arange(self.pages.shape[1], device=self.pages.device) * self.k.shape[1]
         used = starts < (self.length if ends is None else ends if isinstance(ends, int) else ends[:, None])
         inside = (self.pages >= 0) & (self.pages < len(self.k))
-        insist((inside | ~used).all(), f"takes pages from 0 to {len(self.k) - 1} in block_table where they are used")
+        self._insist_pages(inside | ~used)
         return torch.where(inside & used, self.pages, 0).long()
+
+    def _insist_pages(self, right: Tensor) -> None:
+        insist(right.all(), f"takes pages from 0 to {len(self.k) - 1} in block_table where they are used")
