@@ -267,7 +267,7 @@ class Judge:
         assert bool(got.isfinite().all()), f"{what} is not finite"
         worst, mean = BACKWARD_ULPS if what.startswith("gradient") else FORWARD_ULPS
         cancels = 1 / 8 if what.startswith("gradient") else 0.0
-        mean += (worst - mean) / max(truth.numel(), 1) ** 0.5
+        mean += (worst - mean) / max(_as_many(truth), 1.0) ** 0.5
         for norm, measure, ulps in (("worst element", _worst, worst), ("root mean square", _rms, mean)):
             size, large = measure(truth), max((measure(thing) for thing in beside), default=1.0)
             roundings = ulps * (unit * max(size, cancels * large) + fine * self.steepest * max(size, large))
@@ -282,6 +282,12 @@ def steepest(call: Call) -> float:
     size = terms * abs(q.shape[-1] ** -0.5 if call.scale is None else call.scale)
     added = (bias.bias.detach().masked_fill(bias.bias.isneginf(), 0.0) for bias in biases(call.mask))
     return max(1.0, size / min(1.0, call.softcap or 1.0)) + sum(_worst(bias.double()) for bias in added)
+
+
+def _as_many(x: Tensor) -> float:
+    """How many elements of one size would vary as much in their mean square as these, of which few may be large."""
+    squares = x.square()
+    return (squares.sum().square() / squares.square().sum()).nan_to_num(float(x.numel())).item()
 
 
 def assert_nothing_from_nothing(got: Answer, truth: Answer) -> None:
