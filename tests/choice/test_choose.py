@@ -152,6 +152,15 @@ def test_what_approximates_runs_by_name() -> None:
     assert not dict(decision.refusals).get("sage")
 
 
+@pytest.mark.parametrize(
+    "wants", (seen_by("dense"), seen_by("padding"), {"dropout": True}, {"returns_lse": True}, {"softcap": True}, LEARN)
+)
+def test_what_sageattention_would_swallow_is_refused(wants: dict[str, Any]) -> None:
+    """Its function takes any keyword, and drops masks and dropout (SageAttention#99)."""
+    with pytest.raises(NoBackendError, match="sage was asked for by name and does not take it"):
+        choose(ask(**BF16, **wants), with_packages(A100), "sage").backend()
+
+
 def test_an_unknown_name_is_told_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match="unknown backend 'flash'; known: auto, flash2, flash3"):
         choose(ask(), CPU, "flash")

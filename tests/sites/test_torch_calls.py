@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from sites.made import gpt
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as bound_early
 
@@ -388,6 +389,34 @@ def test_under_torch_compile_in_one_graph(order: str) -> None:
     done.undo()
     torch._dynamo.reset()
     torch.testing.assert_close(compiled(tokens), stock(tokens), atol=1e-5, rtol=1e-5)
+
+
+class Selects(nn.Module):
+    """Says itself which kernels it wants, in what order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            return self.inner(x)
+
+
+@pytest.mark.parametrize("compiled", (False, True), ids=("", "compiled"))
+@pytest.mark.parametrize("make", (Attention, Selects))
+def test_selectors_of_kernels_neither_break_a_graph_nor_reach_a_site(make: Any, compiled: bool) -> None:
+    """Under torch.compile they broke graphs and were remembered wrongly (pytorch#134608, pytorch#149725)."""
+    torch._dynamo.reset()
+    stock, x = make(), torch.randn(2, 5, 16)
+    ours = copy.deepcopy(stock)
+    swap(ours, x, backend="reference")
+    run = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
+    for kernels in ([SDPBackend.FLASH_ATTENTION], [SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        with sdpa_kernel(kernels, set_priority=len(kernels) > 1):
+            torch.testing.assert_close(run(x), stock(x), atol=1e-5, rtol=1e-5)
+    (site,) = filter(None, map(site_of, ours.modules()))
+    assert site.ticket.runs == ({} if compiled else {"reference": 3})
 
 
 def test_left_alone_inside_and_compiled() -> None:

@@ -369,6 +369,30 @@ def test_attention_that_was_given_no_masks_is_named(unmasked):
     assert headway.swap(model, inputs).census.notes == ()
 
 
+def test_rows_of_filler_are_not_judged_and_the_certificate_says_so():
+    """There backends differ by design (transformers#36585): eager attention gives them a mean, sdpa 0."""
+    model = decoder("llama", "eager")
+    inputs = {"input_ids": ids(2, 9), "attention_mask": real("left")}
+    before = model(**inputs).logits
+    done = headway.swap(model, inputs)
+    assert done.certificate.passed, str(done)
+    judged = {errors.what: errors.judged for errors in done.certificate.whole.errors}
+    assert judged.pop("forward") == pytest.approx(15 / 18)
+    assert set(judged.values()) == {1.0}
+    assert "judged on 83.3% of its answer, the rest is of rows that see nothing" in str(done)
+    filler = ~real("left").bool()
+    assert not torch.allclose(model(**inputs).logits[filler], before[filler], atol=1e-2)
+
+
+@pytest.mark.parametrize("base", ["eager", "sdpa"])
+def test_a_model_that_loses_its_padding_fails_the_proof(base, monkeypatch):
+    """In float64 eager attention makes rows of filler NaN, and then all: nothing padded was judged, and it passed."""
+    monkeypatch.setattr(ours, "_padding", lambda *_: None)
+    model = decoder("llama", base)
+    with pytest.raises(SwapError, match="not the whole model: (forward|gradient)"):
+        headway.swap(model, {"input_ids": ids(2, 9), "attention_mask": real("left")})
+
+
 # -- the call ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from headway.sites.seen import Inputs
 
@@ -53,6 +54,8 @@ def answer(
     with torch.set_grad_enabled(without is not None), contextlib.ExitStack() as stack:
         for kind, cast in inputs.casts if dtype is None else ():
             stack.enter_context(torch.autocast(kind, cast))
+        if dtype == torch.float64:
+            stack.enter_context(_Float64Softmax())
         outputs = list(tensors_of(module(*args, **kwargs)))[:at_most]
         drew = any(not torch.equal(*pair) for pair in zip(fresh, _random_state(module), strict=True))
         wanted = {f"input {i}": x for i, x in enumerate(given) if x.requires_grad}
@@ -74,6 +77,22 @@ def answer(
             leaf.grad = None
         mixed.backward()  # a reentrant checkpoint refuses torch.autograd.grad
     return Answer(shown, {name: leaf.grad for name, leaf in wanted.items()}, drew)
+
+
+class _Float64Softmax(TorchFunctionMode):
+    """A softmax of numbers in float64 stays there, also where a model asks for float32.
+
+    There the least number of float64, with which it masks, is -inf: rows of filler are NaN, and in the next layer all.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _SOFTMAXES and kwargs.get("dtype") == torch.float32 and args and args[0].dtype == torch.float64:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+_SOFTMAXES = (torch.softmax, torch.nn.functional.softmax, Tensor.softmax)
 
 
 def wants_no_gradients(error: RuntimeError) -> bool:

@@ -83,7 +83,7 @@ class Certificate:
         good = sum(not proof.failure for proof in self.proofs)
         lines = [f"proof: {good} of {len(self.proofs)} sites err no more than before"]
         if self.whole is not None:
-            lines.append(f"  the whole model: {self.whole.failure or _worst(self.whole)}")
+            lines.append(f"  the whole model: {self.whole.failure or _worst(self.whole)}{_judged(self.whole)}")
         lines += [f"  {_name(proof)} is judged by {proof.judge}" for proof in self._all() if WITHOUT in proof.judge]
         lines.append(f"  edge deck: {self._deck()}")
         lines += [f"  {proof.name}: {proof.failure}" for proof in self.proofs if proof.failure]
@@ -124,6 +124,12 @@ def _name(proof: Proof) -> str:
 
 def _worst(proof: Proof) -> str:
     return str(max(proof.errors, key=lambda e: e.worst_now / max(e.largest, 1e-30), default="nothing to compare"))
+
+
+def _judged(proof: Proof) -> str:
+    """What share of the answer that was, where there are rows of filler."""
+    share = min((errors.judged for errors in proof.errors if errors.what == "forward"), default=1.0)
+    return "" if share == 1 else f"; judged on {share:.1%} of its answer, the rest is of rows that see nothing"
 
 
 Restore = Callable[[nn.Module], None]
