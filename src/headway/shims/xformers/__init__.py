@@ -1,8 +1,8 @@
 """xFormers' names, computed by `headway.attention`."""
 
-from headway.shims.importing import SUFFIX
+from headway.packages import SHIM
 
-__version__ = f"0.0.35.post1{SUFFIX}"  # "post1" keeps int(version.split(".")[2]) working, as people write it
+__version__ = f"0.0.35.post1{SHIM}"  # "post1" keeps int(version.split(".")[2]) working, as people write it
 _has_cpp_library = False
 _is_opensource = True
 

@@ -1,10 +1,9 @@
 """Names of xFormers' operators on split-K by composable kernels: a wish, as the kernel is Headway's to choose."""
 
-from headway.shims.importing import SUFFIX
 from headway.shims.xformers.ops.common import register_operator
 from headway.shims.xformers.ops.fmha.common import AttentionFwOpBase
 
 
 @register_operator
 class FwOp(AttentionFwOpBase):
-    NAME = f"ck_splitKF{SUFFIX}"
+    NAME = "ck_splitKF+headway"

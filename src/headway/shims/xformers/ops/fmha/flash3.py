@@ -1,15 +1,14 @@
 """Names of xFormers' operators on Flash-Attention 3: a wish, as the kernel is Headway's to choose."""
 
-from headway.shims.importing import SUFFIX
 from headway.shims.xformers.ops.common import register_operator
 from headway.shims.xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase
 
 
 @register_operator
 class FwOp(AttentionFwOpBase):
-    NAME = f"fa3F{SUFFIX}"
+    NAME = "fa3F+headway"
 
 
 @register_operator
 class BwOp(AttentionBwOpBase):
-    NAME = f"fa3B{SUFFIX}"
+    NAME = "fa3B+headway"
