@@ -6,18 +6,18 @@ from torch import Tensor
 
 from headway.backends.flash_layout import Lowered, lower, packed_arguments, through
 from headway.backends.kernel import Attended, Extras, gate_sinks
+from headway.packages import real
 
 __all__ = ["attend", "lower"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
+    flash_attn = real("flash_attn")
     wants_lse = extras.lse or extras.sinks is not None
     left, right = mask.window
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        answer = (flash_attn_func if mask.packed is None else flash_attn_varlen_func)(
+        answer = (flash_attn.flash_attn_func if mask.packed is None else flash_attn.flash_attn_varlen_func)(
             q, k, v,
             **packed_arguments(mask.packed),
             dropout_p=extras.dropout,

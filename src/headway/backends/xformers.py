@@ -11,6 +11,7 @@ from headway.backends.kernel import Attended, Extras, repeat_kv
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
 from headway.masks.xformers_bias import to_xformers
+from headway.packages import real
 
 
 def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Any:
@@ -18,8 +19,7 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Any:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, extras: Extras) -> Attended:
-    from xformers.ops import fmha
-
+    fmha = real("xformers.ops.fmha")
     k, v = repeat_kv(q, k, v)
     batch, _, length, _ = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
 
 import torch
 
+from headway import packages
 from headway.backends.registry import BACKENDS
 from headway.choice import child
 from headway.choice.memory import recall, remember
@@ -105,10 +105,8 @@ def installed() -> dict[str, str]:
     """
     found = {}
     for name in dict.fromkeys(backend.package for backend in BACKENDS if backend.package):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        if (version := packages.version(name)) is not None:
+            found[name] = version
     return found
 
 

@@ -12,6 +12,7 @@ from headway.masks.base import Mask
 from headway.masks.documents import Documents, Packing
 from headway.masks.frame import Frame
 from headway.masks.terms import terms
+from headway.packages import real
 
 _ALIGN = 8
 """xFormers loads a tensor bias in vectors: every row must start on a multiple of this many elements."""
@@ -34,8 +35,7 @@ def to_xformers(mask: Mask, frame: Frame, dtype: torch.dtype) -> Any:
 
 
 def _banded(band: Band | None, frame: Frame, dtype: torch.dtype) -> Any:
-    from xformers.ops.fmha import attn_bias
-
+    attn_bias = real("xformers.ops.fmha").attn_bias
     assert band is not None
     if band.left is None and band.right == 0 and band.offset == 0:
         return attn_bias.LowerTriangularMask()
@@ -52,15 +52,13 @@ def _banded(band: Band | None, frame: Frame, dtype: torch.dtype) -> Any:
 
 def _knows_windows(device: torch.device, dtype: torch.dtype) -> bool:
     """Only xFormers' flash kernels know windows: they take half precision, on devices from Ampere on."""
-    from xformers.ops.fmha import flash
-
+    flash = real("xformers.ops.fmha").flash
     half = dtype in (torch.float16, torch.bfloat16)
     return half and flash.FwOp.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _packed(documents: Documents, band: Band | None, frame: Frame) -> Any:
-    from xformers.ops.fmha import attn_bias
-
+    attn_bias = real("xformers.ops.fmha").attn_bias
     # A band over two different packings is not a band within each document.
     if band is not None and ((band.left, band.right) != (None, 0) or not documents.one_packing):
         return None

@@ -18,23 +18,24 @@ import importlib.util
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 
 import torch
 
+from headway import packages
 from headway.choice import child
 from headway.choice.here import here
 from headway.errors import UnknownNameError
+from headway.shims import hugging_face
+from headway.shims.distribution import Distribution, is_same
 
 NAMES = ("flash_attn", "xformers")
-SUFFIX = "+headway"
-"""What the shims' versions end in."""
 _DISTRIBUTIONS = {"flash_attn": "flash-attn", "xformers": "xformers"}
-_MAIN = {"flash_attn": "flash_attn.flash_attn_interface", "xformers": "xformers.ops"}
+_MAIN = {"flash_attn": "flash_attn.flash_attn_interface", "xformers": "xformers.ops.fmha"}
 """Modules without which there is no package to speak of."""
-_THEIRS = ("flash_attn.cute",)
-"""Modules of other distributions under these names: they stay what they are."""
+_THEIRS = "flash_attn.cute"
+"""Of another distribution under the same name, flash-attn-4: it stays what it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ def install(*names: str, force: bool = False, as_distribution: bool = False) -> 
 def uninstall() -> None:
     """Give every name back; `sys.modules` has for them what it had before."""
     with _LOCK:
-        for name in list(_SHIMS):
-            _take_out(name)
+        for shim in list(_SHIMS.values()):
+            _let_go(shim, list(shim.holds))
 
 
 @contextlib.contextmanager
@@ -74,11 +75,8 @@ def installed(*names: str, force: bool = False, as_distribution: bool = False) -
         yield answers
     finally:
         with _LOCK:
-            for name, shim in list(_SHIMS.items()):
-                if hold in shim.holds:
-                    shim.holds.remove(hold)
-                    if not shim.holds:
-                        _take_out(name)
+            for shim in list(_SHIMS.values()):
+                _let_go(shim, [hold])
 
 
 # -- what is held -----------------------------------------------------------------------------------------------------
@@ -95,9 +93,19 @@ class _Hold:
 class _Shim:
     """A name that is answered: who wishes it, and what it led to before."""
 
-    holds: list[_Hold]
     answer: Answer
+    paths: list[str]
+    """Where the package itself is, if it is anywhere."""
     aside: dict[str, ModuleType | None]
+    holds: list[_Hold] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.answer.name
+
+    @property
+    def as_distribution(self) -> bool:
+        return any(hold.as_distribution for hold in self.holds)
 
 
 _SHIMS: dict[str, _Shim] = {}
@@ -109,41 +117,63 @@ def _hold(names: tuple[str, ...], hold: _Hold, force: bool) -> tuple[Answer, ...
         if name not in NAMES:
             raise UnknownNameError("shim", name, NAMES)
     with _LOCK:
-        return tuple(_hold_one(name, hold, force) for name in names or NAMES)
+        return tuple(_hold_one(name, hold, force) for name in dict.fromkeys(names or NAMES))
 
 
 def _hold_one(name: str, hold: _Hold, force: bool) -> Answer:
     shim = _SHIMS.get(name)
     if shim is None:
-        answer = _answer(name, force)
+        spec = _spec(name)
+        answer = _answer(name, spec, force)
         if not answer.shimmed:
             return answer
-        shim = _put_in(name, answer)
+        shim = _put_in(answer, spec)
     shim.holds.append(hold)
+    _tell_libraries()
     return shim.answer
 
 
-def _put_in(name: str, answer: Answer) -> _Shim:
-    importlib.import_module(_ours(name))
-    aside: dict[str, ModuleType | None] = {at: sys.modules[at] for at in _under(name)}
+def _let_go(shim: _Shim, holds: list[_Hold]) -> None:
+    shim.holds = [hold for hold in shim.holds if hold not in holds]
+    if not shim.holds:
+        _take_out(shim)
+    _tell_libraries()
+
+
+def _put_in(answer: Answer, spec: importlib.machinery.ModuleSpec | None) -> _Shim:
+    name = answer.name
+    ours = importlib.import_module(_ours(name))
+    aside: dict[str, ModuleType | None] = {at: sys.modules[at] for at in _under(name) if not _is_theirs(at)}
+    shim = _SHIMS[name] = _Shim(answer, list(spec.submodule_search_locations or ()) if spec else [], aside)
     for at in aside:
-        if not _is_theirs(at):
-            del sys.modules[at]
-    shim = _SHIMS[name] = _Shim([], answer, aside)
+        del sys.modules[at]
+    if _THEIRS in sys.modules and _is_theirs_of(name):
+        _attach(ours)
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     return shim
 
 
-def _take_out(name: str) -> None:
-    shim = _SHIMS.pop(name)
+def _take_out(shim: _Shim) -> None:
+    del _SHIMS[shim.name]
     if not _SHIMS:
         with contextlib.suppress(ValueError):  # somebody else may have taken it out
             sys.meta_path.remove(_FINDER)
-    for at in _under(name):
+    for at in _under(shim.name):
         if not _is_theirs(at):
             del sys.modules[at]
+            packages.ASIDE.pop(at, None)
+    for at in shim.aside:
+        packages.ASIDE.pop(at, None)
     sys.modules.update(shim.aside)  # type: ignore[arg-type]  # None blocks an import, and is put back too
+    if _is_theirs_of(shim.name):
+        vars(sys.modules[_ours(shim.name)]).pop(_THEIRS.rpartition(".")[2], None)
+        if _THEIRS in sys.modules:  # loaded meanwhile, and real: it stays, below its own parent
+            _attach(importlib.import_module(shim.name))
+
+
+def _attach(parent: ModuleType) -> None:
+    setattr(parent, _THEIRS.rpartition(".")[2], sys.modules[_THEIRS])
 
 
 def _under(name: str) -> list[str]:
@@ -155,52 +185,63 @@ def _ours(name: str) -> str:
 
 
 def _is_theirs(at: str) -> bool:
-    return any(at == name or at.startswith(f"{name}.") for name in _THEIRS)
+    return at == _THEIRS or at.startswith(f"{_THEIRS}.")
+
+
+def _is_theirs_of(name: str) -> bool:
+    return _THEIRS.startswith(f"{name}.")
+
+
+def _tell_libraries() -> None:
+    shim = _SHIMS.get("flash_attn")
+    hugging_face.tell(shim is not None and shim.as_distribution)
 
 
 # -- what is installed ------------------------------------------------------------------------------------------------
 
 
-def _answer(name: str, force: bool) -> Answer:
-    """Whether a name is Headway's to answer: not where a package runs, or may run for all anybody knows."""
-    distribution, spec = _DISTRIBUTIONS[name], _spec(name)
-    package = here(_device()).package(distribution)
-    if package.version is None and spec is None:
-        return Answer(name, True, f"{distribution} is not installed")
-    what = f"{distribution} {package.version}"
-    if package.version is None:
-        what, runs, why = _of_no_distribution(name, spec)
-    else:
-        runs = package.runs
-        why = f"says {package.broken}" if package.tried else f"computes nothing on {_device().type}"
-    if not runs:
-        warnings.warn(f"{what} is installed, but {why}: Headway answers for {name}", RuntimeWarning, stacklevel=5)
-        return Answer(name, True, f"{what} {why}")
-    if force:
-        return Answer(name, True, f"{what} runs here, and force=True")
-    return Answer(name, False, f"{what} runs here; force=True answers all the same")
+def _answer(name: str, spec: importlib.machinery.ModuleSpec | None, force: bool) -> Answer:
+    """Whether a name is Headway's to answer: not where a package runs, or may run for all that can be told."""
+    what, broken = _found(name, spec)
+    if what is None:
+        return Answer(name, True, f"{_DISTRIBUTIONS[name]} is not installed")
+    if broken is not None:
+        because = f"{what} is installed, and {broken}"
+        warnings.warn(f"{because}: Headway answers for {name} instead", RuntimeWarning, stacklevel=5)
+        return Answer(name, True, because)
+    if not force:
+        return Answer(name, False, f"{what} runs here; force=True answers all the same")
+    importlib.import_module(_MAIN[name])  # whole, before its name leads elsewhere: Headway's own backends call it
+    loaded = {at: sys.modules[at] for at in _under(name) if not _is_theirs(at)}
+    packages.ASIDE.update(loaded)
+    return Answer(name, True, f"{what} runs here, and force=True")
 
 
-def _of_no_distribution(name: str, spec: importlib.machinery.ModuleSpec | None) -> tuple[str, bool, str]:
-    """(what it is, whether it runs, else why not) of a package that is not from its own distribution."""
-    others = [theirs for theirs in _THEIRS if theirs.startswith(f"{name}.") and _spec(theirs) is not None]
-    if others and _spec(_MAIN[name]) is None:
-        return f"only {', '.join(others)}", False, f"it has nothing else of {name}, and stays as it is"
-    at = spec.origin if spec is not None and spec.origin else "a place of its own"
-    broken = None if name in sys.modules else child.run("headway.shims.trial", _MAIN[name], seconds=60.0).broken
-    return f"a {name} at {at}", broken is None, f"says {broken}"
+def _found(name: str, spec: importlib.machinery.ModuleSpec | None) -> tuple[str | None, str | None]:
+    """What is installed under a name, and why it does not run; None for nothing of either."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    distribution = _DISTRIBUTIONS[name]
+    package = here(device).package(distribution)
+    if package.version is not None:
+        broken = package.broken if package.tried else f"it was not made for {device.type}"
+        return f"{distribution} {package.version}", broken
+    if spec is None and sys.modules.get(name) is None:
+        return None, None
+    if _is_theirs_of(name) and _spec(_MAIN[name]) is None and _spec(_THEIRS) is not None:
+        return f"only flash-attn-4, which is {_THEIRS},", f"it has no {_MAIN[name]}"
+    at = f"a {name} of no distribution at {getattr(spec, 'origin', None) or 'a place of its own'}"
+    if name in sys.modules:
+        return at, None  # somebody uses it
+    broken = child.run("headway.shims.trial", _MAIN[name], seconds=60.0).broken
+    return at, None if broken is None else f"cannot be imported: {broken}"
 
 
 def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
-    """Where a name leads without Headway."""
+    """Where a name leads."""
     try:
         return importlib.util.find_spec(name)
-    except (ModuleNotFoundError, ValueError):  # no such parent; blocked, or made by hand
+    except (ImportError, ValueError):  # no such parent, or one that fails; blocked, or made by hand
         return None
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # -- the finder -------------------------------------------------------------------------------------------------------
@@ -218,36 +259,44 @@ class _Loader(importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec  # the import system has put in its own meanwhile
+        module.__spec__ = self.spec  # the import system has put its own in there meanwhile
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        name = fullname.partition(".")[0]
-        shim = _SHIMS.get(name)
+        if fullname == hugging_face.MODULE:
+            return hugging_face.followed(self, fullname, path, _tell_libraries)
+        shim = _SHIMS.get(fullname.partition(".")[0])
         if shim is None:
             return None
-        asked = sys._getframe(2).f_globals.get("__name__") == "importlib.util"  # by its find_spec, to look and not load
-        if asked and not any(hold.as_distribution for hold in shim.holds):
-            return None
         if _is_theirs(fullname):
+            return importlib.machinery.PathFinder.find_spec(fullname, shim.paths) if fullname == _THEIRS else None
+        to_look = sys._getframe(2).f_globals.get("__name__") == "importlib.util"  # find_spec's, and not an import
+        if to_look and not shim.as_distribution:
             return None
         ours = _spec(_ours(fullname))
         if ours is not None:
+            is_package = ours.submodule_search_locations is not None
             return importlib.machinery.ModuleSpec(
-                fullname,
-                _Loader(ours.name),
-                origin=ours.origin,
-                is_package=ours.submodule_search_locations is not None,
+                fullname, _Loader(ours.name), origin=ours.origin, is_package=is_package
             )
-        if asked:
+        if to_look:
             return None
         raise ModuleNotFoundError(
-            f"No module named {fullname!r}: Headway answers for {name} ({shim.answer.because}), and has no such module",
+            f"No module named {fullname!r}: Headway answers for {shim.name}, as {shim.answer.because}, and has no such"
+            " module; what it has is in docs/flash_attn.md",
             name=fullname,
         )
+
+    def find_distributions(
+        self, context: importlib.metadata.DistributionFinder.Context | None = None
+    ) -> Iterable[importlib.metadata.Distribution]:
+        wanted = None if context is None else context.name
+        for shim in list(_SHIMS.values()):
+            if shim.as_distribution and is_same(wanted, _DISTRIBUTIONS[shim.name]):
+                yield Distribution(_DISTRIBUTIONS[shim.name], importlib.import_module(_ours(shim.name)))
 
 
 _FINDER = _Finder()
