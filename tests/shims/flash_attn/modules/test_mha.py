@@ -393,7 +393,7 @@ def test_tokens_one_after_another_are_the_whole_text(options: dict[str, Any], st
 def test_texts_of_several_lengths_go_on_each_from_its_own_end(options: dict[str, Any]) -> None:
     options = options | {"causal": True}
     mha, x = built(options | {"layer_idx": 0}).eval(), drawn(BATCH, LENGTH, DIM).detach()
-    memory = {0: mha.allocate_inference_cache(4, 9)}
+    memory = {0: mha.allocate_inference_cache(4, 9).fill_(math.nan)}
     cache = Cache(9, 4, batch_size_offset=1, key_value_memory_dict=memory)
     lengths, longest = [3, 5], 5
     with torch.no_grad():
@@ -403,6 +403,8 @@ def test_texts_of_several_lengths_go_on_each_from_its_own_end(options: dict[str,
         out = mha(new, inference_params=cache)
     truth = torch.stack([by_hand(mha, options, x[i : i + 1, : n + 1])[0, -1:] for i, n in enumerate(lengths)])
     torch.testing.assert_close(out, truth.detach())
+    assert memory[0][[0, 3]].isnan().all()
+    assert not memory[0][1:3, :longest].isnan().any()
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
