@@ -763,6 +763,23 @@ def test_lora_of_peft_on_out_proj_trains() -> None:
     torch.testing.assert_close(adapted(x), without)
 
 
+def test_lora_of_peft_on_out_proj_where_keys_have_another_size() -> None:
+    """On the module itself peft refuses that; on out_proj it was never trained."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(SIZE, HEADS, kdim=6, vdim=10, batch_first=True)})
+    config = peft.LoraConfig(target_modules=["out_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(model, config).base_model.model
+    given = torch.randn(2, 4, SIZE), torch.randn(2, 5, 6), torch.randn(2, 5, 10)
+    done = swap(model, lambda m: m["attention"](*given))
+    assert done.certificate is not None
+    assert done.certificate.passed, str(done)
+    model["attention"](*given, need_weights=False)[0].square().sum().backward()
+    lora = [p for name, p in model.named_parameters() if "lora" in name]
+    assert len(lora) == 2
+    assert all(p.grad is not None and p.grad.any() for p in lora)
+
+
 def adapted(model: nn.Module) -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
