@@ -381,17 +381,16 @@ _MASKS: Any = WeakIdKeyDictionary()
 """By a tensor or a bias, the last masks made of it."""
 
 
-def kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callable[[], Mask]) -> Mask:
+def kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callable[[], Made]) -> Made:
     """What `make` makes of two things, again only once they have changed."""
     if is_traced():  # which makes it anew, and what it makes does not last
         return make()
     known = _MASKS.get(anchor)
     if known is None or known[0]() is not other or known[1] != state:
         known = _MASKS[anchor] = weakref.ref(other), state, {}
-    mask: Mask | None = known[2].get(at)
-    if mask is None:
-        mask = known[2][at] = make()
-    return mask
+    if at not in known[2]:
+        known[2][at] = make()
+    return cast(Made, known[2][at])
 
 
 def remembered(owner: Remembers, what: Hashable, make: Callable[[], Made]) -> Made:

@@ -12,10 +12,12 @@ from torch import Tensor
 from headway.attention import attention, explain
 from headway.errors import HeadwayError, RequestError
 from headway.masks import Documents, Mask
+from headway.masks.documents import Packing
+from headway.masks.memo import is_traced
 from headway.shims.insist import insist
 from headway.shims.xformers.ops.fmha.attn_bias import AttentionBias, _Blocks, _KeysWithGaps
 from headway.sites.kernel_arguments import xformers_mask, xformers_operands
-from headway.sites.packed import Ends, Wanted, attend_packed, attend_rows, put, take, within
+from headway.sites.packed import Ends, Wanted, attend_packed, attend_rows, kept, put, take, within
 
 
 @dataclasses.dataclass
@@ -120,9 +122,9 @@ def _in_blocks(door: _Door, q: Tensor, k: Tensor, v: Tensor, bias: _Blocks, inp:
     wanted = Wanted(left, right, scale=inp.scale, dropout=inp.p)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     if isinstance(bias, _KeysWithGaps):
-        if (left, right, queries.longest) == (None, 0, 1):
-            wanted = Wanted(scale=inp.scale, dropout=inp.p)  # nothing is right of a block's only query
-        ends = Ends(queries.on(q.device).diff(), bias._key_spans()[1].to(q.device))
+        ends = _ends(bias, queries, q.device)
+        if queries.longest == 1:
+            wanted = Wanted(scale=inp.scale, dropout=inp.p)  # the ends say it all
         rows, keys, values = (x.transpose(1, 2) for x in (put(q, queries), *_rows_of_keys(bias, k, v)))
         out, *lse = (x.transpose(1, 2) for x in attend_rows(door, rows, keys, values, wanted, ends))
         return (take(out, queries), *(take(x, queries).transpose(0, 1) for x in lse))
@@ -136,6 +138,28 @@ def _in_blocks(door: _Door, q: Tensor, k: Tensor, v: Tensor, bias: _Blocks, inp:
     answer = door.attend(q, k, v, mask, scale=inp.scale, dropout=inp.p)
     out, *lse = answer if door.want_lse else (answer,)
     return (out[0].transpose(0, 1), *(x[0] for x in lse))
+
+
+def _ends(bias: _KeysWithGaps, queries: Packing, device: torch.device) -> Ends:
+    """Where the real queries and keys of each block end; once for all layers, while the bias stays as it is."""
+
+    def make() -> Ends:
+        counts, left = bias._key_spans()[1].to(device), bias._sides()[0]
+        if queries.longest > 1:
+            return Ends(queries.on(device).diff(), counts)
+        # A block's only query, its last, sees all keys, or the last of them.
+        return Ends(None, counts, None if left is None else (counts - 1 - left).clamp(min=0))
+
+    held = [each for info in (bias, bias.q_seqinfo, bias.k_seqinfo) for each in vars(info).values()]
+    tensors = [each for each in held if isinstance(each, Tensor)]
+    if is_traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return make()
+    state: Any = [(id(each), each._version) for each in tensors if not each.is_inference()]
+    if len(state) < len(tensors):  # the others do not tell when they change
+        if any(each.device.type != "cpu" for each in tensors):
+            return make()
+        state = [each.tolist() for each in tensors]
+    return kept(bias, queries, (state, bias._sides()), (device, torch.is_inference_mode_enabled()), make)
 
 
 def _rows_of_keys(bias: _KeysWithGaps, k: Tensor, v: Tensor) -> Iterator[Tensor]:

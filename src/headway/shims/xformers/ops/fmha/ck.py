@@ -1,14 +1,15 @@
 """Names of xFormers' operators on composable kernels of AMD: a wish, as the kernel is Headway's to choose."""
 
+from headway.packages import SHIM
 from headway.shims.xformers.ops.common import register_operator
 from headway.shims.xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase
 
 
 @register_operator
 class FwOp(AttentionFwOpBase):
-    NAME = "ckF+headway"
+    NAME = f"ckF{SHIM}"
 
 
 @register_operator
 class BwOp(AttentionBwOpBase):
-    NAME = "ckB+headway"
+    NAME = f"ckB{SHIM}"

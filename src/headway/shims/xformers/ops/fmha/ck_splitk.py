@@ -1,9 +1,10 @@
 """Names of xFormers' operators on split-K by composable kernels: a wish, as the kernel is Headway's to choose."""
 
+from headway.packages import SHIM
 from headway.shims.xformers.ops.common import register_operator
 from headway.shims.xformers.ops.fmha.common import AttentionFwOpBase
 
 
 @register_operator
 class FwOp(AttentionFwOpBase):
-    NAME = "ck_splitKF+headway"
+    NAME = f"ck_splitKF{SHIM}"

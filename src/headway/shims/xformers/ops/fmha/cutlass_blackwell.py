@@ -1,14 +1,15 @@
 """Names of xFormers' operators on CUTLASS on Blackwell: a wish, as the kernel is Headway's to choose."""
 
+from headway.packages import SHIM
 from headway.shims.xformers.ops.common import register_operator
 from headway.shims.xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase
 
 
 @register_operator
 class FwOp(AttentionFwOpBase):
-    NAME = "cutlassF-blackwell+headway"
+    NAME = f"cutlassF-blackwell{SHIM}"
 
 
 @register_operator
 class BwOp(AttentionBwOpBase):
-    NAME = "cutlassB-blackwell+headway"
+    NAME = f"cutlassB-blackwell{SHIM}"

@@ -1,14 +1,15 @@
 """Names of xFormers' operators on Flash-Attention 2: a wish, as the kernel is Headway's to choose."""
 
+from headway.packages import SHIM
 from headway.shims.xformers.ops.common import register_operator
 from headway.shims.xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase
 
 
 @register_operator
 class FwOp(AttentionFwOpBase):
-    NAME = "fa2F+headway"
+    NAME = f"fa2F{SHIM}"
 
 
 @register_operator
 class BwOp(AttentionBwOpBase):
-    NAME = "fa2B+headway"
+    NAME = f"fa2B{SHIM}"
