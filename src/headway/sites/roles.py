@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from headway.errors import SwapError
-from headway.sites.site import HELD, Site
+from headway.sites.site import HELD, Site, site_of
 
 
 def set_role(model: nn.Module, sites: Mapping[str, Site | None], role: type) -> None:
@@ -94,7 +94,16 @@ def class_with(role: type, original: type) -> type:
         bases: tuple[type, ...] = (role,)
     else:
         bases = (original, role) if issubclass(role, nn.Module) else (role, original)
-    return type(original.__name__, bases, {"_original": original, "_role": role, "__module__": original.__module__})
+
+    def load(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """With other weights every kind of call is a new one."""
+        if (site := site_of(self)) is not None:
+            site.ticket.decisions.clear()
+        super(made, self)._load_from_state_dict(*args, **kwargs)
+
+    own = {"_original": original, "_role": role, "__module__": original.__module__, "_load_from_state_dict": load}
+    made: Any = type(original.__name__, bases, own)
+    return made  # type: ignore[no-any-return]
 
 
 def rejoin(module: nn.Module, protocol: Any) -> Any:

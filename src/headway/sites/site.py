@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from headway.attention import attention, explain
-from headway.backends import reference
-from headway.backends.kernel import Extras, repeat_kv
+from headway.backends.kernel import Extras
+from headway.backends.reference import in_full
 from headway.choice.choose import Decision
 from headway.limits.request import representative
 from headway.masks.base import Mask
-from headway.masks.frame import Frame
 
 Undo: TypeAlias = Any
 """A call that puts back the very objects that were there before; `apply` of each kind returns one."""
@@ -62,11 +62,17 @@ class Ticket:
         return not self.because
 
 
+Check: TypeAlias = Callable[[Ticket, Decision, Tensor, Tensor, Tensor, "Mask | None", Extras, Tensor], None]
+"""Raises if a call's answer is wrong."""
+
+
 class Site:
     """What a swapped module holds: its ticket, and attention that writes into it."""
 
     def __init__(self, ticket: Ticket, require: tuple[str, ...] = ()) -> None:
         self.ticket, self.require = ticket, require
+        self.check: Check | None = None
+        """What each kind of call is put to that the ticket has no decision for."""
 
     def attend(
         self,
@@ -98,6 +104,8 @@ class Site:
                     q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks,
                     backend=asked, require=self.require,
                 )  # fmt: skip
+                if self.check is not None:
+                    self.check(self.ticket, decision, q, k, v, mask, Extras(scale, dropout, softcap, sinks), out)
             self.ticket.runs[decision.backend().name] += 1
         return out
 
@@ -107,28 +115,6 @@ class Site:
         if not is_compiling():
             self.ticket.in_full += 1
         return answer
-
-
-def in_full(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask | None = None,
-    *,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention in full, for callers that want its weights; as PyTorch has them, those that dropout left."""
-    _, v = repeat_kv(q, k, v)
-    if not k.shape[2]:
-        weights = q @ repeat_kv(q, k, k)[0].transpose(-1, -2)
-        return weights @ v, weights
-    frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
-    extras = Extras(scale, dropout, softcap, sinks)
-    weights, _ = reference.weigh(q, k, reference.lower(mask, frame, q.dtype), extras)
-    return (weights @ v.to(weights.dtype)).to(v.dtype), weights.to(q.dtype)
 
 
 def site_of(module: nn.Module) -> Site | None:

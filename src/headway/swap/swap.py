@@ -18,6 +18,7 @@ from headway.sites.site import Found, Site, Ticket, site_of
 from headway.swap.census import Census
 from headway.swap.proof import Certificate, prove
 from headway.swap.selection import Selection, backends, contracts, matching
+from headway.swap.spot import insist
 from headway.swap.still import still
 
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
@@ -48,7 +49,16 @@ class Swap:
 
     def __str__(self) -> str:
         proof = "not proven: no example was given" if self.certificate is None else str(self.certificate)
-        return f"{self.census}\n{proof}"
+        return "\n".join(filter(None, (str(self.census), proof, self._since())))
+
+    def _since(self) -> str:
+        """What the model has become since it was proven, as far as a certificate speaks of it."""
+        first = next(self.model.parameters(), None)
+        if self.certificate is None or first is None:
+            return ""
+        was = "{dtype} on {device}".format(**self.certificate.facts)
+        now = f"{str(first.dtype).removeprefix('torch.')} on {first.device.type}"
+        return "" if now == was else f"  proven in {was}, now in {now}: each new kind of call is checked as it is made"
 
 
 def swap(
@@ -102,6 +112,9 @@ def swap(
             if certificate.whole is not None and certificate.whole.failure:
                 said = "; ".join((certificate.whole.failure, *plan.notes))
                 raise SwapError(f"each site alone is proven, but not the whole model: {said}")
+        for sites in _sites(model).values():
+            for site in sites.values():
+                site.check = insist
     except BaseException:
         undo(model)
         _put_back(model, earlier)
