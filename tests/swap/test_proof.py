@@ -110,8 +110,15 @@ def an_exception(self: Site, *args: Any, **kwargs: Any) -> Tensor:
     raise IndexError("planted")
 
 
+def gradient_wrong(self: Site, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward as it should be; 5 % off, in bfloat16 20 %, which its rounding is not far below."""
+    out = real(self, *args, **kwargs)
+    off = out * (0.2 if out.dtype == torch.bfloat16 else 0.05)
+    return out + off - off.detach()
+
+
 PLANTED = (
-    scale_wrong, output_wrong, mask_dropped, one_nan, dropout_on, one_element, no_gradient, key_is_value, another_shape,
+    gradient_wrong, scale_wrong, output_wrong, mask_dropped, one_nan, dropout_on, one_element, no_gradient, key_is_value, another_shape,
     an_exception,
 )  # fmt: skip
 
@@ -297,6 +304,20 @@ class Raises(nn.Module):
             raise RuntimeError("no gradients here")
         out: Tensor = self.own(x)
         return out
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_bend_that_one_rounding_crosses_is_no_mistake(seed: int) -> None:
+    """In bfloat16 a relu near 0 is on or off by chance, and with it whole rows of a gradient: 1 model in 6 failed."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True), 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    torch.manual_seed(seed + 12)
+    done = swap(model.to(torch.bfloat16), torch.randn(2, 6, 16).to(torch.bfloat16))
+    assert done.certificate is not None
+    assert done.certificate.passed, str(done)
 
 
 def test_other_exceptions_of_a_model_are_its_own() -> None:

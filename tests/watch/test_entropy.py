@@ -150,6 +150,24 @@ def test_multihead_attention(grad: bool, need_weights: bool) -> None:
     agrees(recording.heads[""], formula(scores_of(q, k, blocked(~filler[:, None, None]))), rel=1e-4)
 
 
+@pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no weights"])
+def test_a_swapped_module_has_the_entropies_it_had(need_weights: bool) -> None:
+    """By its kernel, or in full where its weights are asked for; once each, with all masks."""
+    module = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    x, filler = torch.randn(3, 6, 16), torch.arange(6) >= torch.tensor([6, 3, 5])[:, None]
+    found = []
+    for _ in range(2):
+        with watch(module, rows=ALL_ROWS) as recording:
+            module(x, x, x, key_padding_mask=filler, need_weights=need_weights)[0].sum().backward()
+        found.append(recording.heads[""])
+        headway.swap(module)
+    before, now = found
+    assert now.calls == before.calls == 1
+    assert now.rows == before.rows
+    assert now.entropies == pytest.approx(before.entropies, rel=1e-5)
+    assert now.logits == pytest.approx(before.logits, rel=1e-5)
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_fast_path_of_a_layer(norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first).eval()

@@ -63,3 +63,25 @@ def weigh(
         weights = torch.nn.functional.dropout(weights, extras.dropout)
     lse = torch.where(sees, total.log() + highest, float("-inf")).squeeze(-1) if extras.lse else None
     return weights, lse
+
+
+def in_full(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in full, for callers that want its weights; as PyTorch has them, those that dropout left."""
+    _, v = repeat_kv(q, k, v)
+    if not k.shape[2]:
+        weights = q @ repeat_kv(q, k, k)[0].transpose(-1, -2)
+        return weights @ v, weights
+    frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
+    extras = Extras(scale, dropout, softcap, sinks)
+    weights, _ = weigh(q, k, lower(mask, frame, q.dtype), extras)
+    return (weights @ v.to(weights.dtype)).to(v.dtype), weights.to(q.dtype)

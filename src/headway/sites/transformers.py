@@ -22,10 +22,11 @@ from torch.compiler import is_compiling
 from torch.utils.weak import WeakIdKeyDictionary
 
 from headway.attention import attention
+from headway.backends.reference import in_full
 from headway.errors import RequestError
 from headway.masks import Bias, Causal, Documents, Frame, Full, Mask, Padding, Window, from_transformers
 from headway.sites.seen import Seen
-from headway.sites.site import HELD, Found, Site, in_full, site_of
+from headway.sites.site import HELD, Found, Site, site_of
 
 KIND = "transformers"
 NAME = "headway"

@@ -92,5 +92,11 @@ def with_usual(errors: Sequence[Errors]) -> tuple[Errors, ...]:
     return tuple(e if e.what == "forward" else dataclasses.replace(e, usual=usual) for e in errors)
 
 
+def worse(one: Errors, other: Errors) -> Errors:
+    """The first, beside the most that either erred before."""
+    most = {name: max(getattr(one, name), getattr(other, name)) for name in ("worst_before", "rms_before", "usual")}
+    return dataclasses.replace(one, **most)
+
+
 def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()

@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.backends import reference
 from headway.masks import Frame
 from headway.watch.apart import readable
 from headway.watch.entropy import Added, Seen, causal, dense, scores_of, typed, unblurred
 from headway.watch.statistics import wide
 
-_DOOR: CodeType = importlib.import_module("headway.attention").attention.__code__
+_DOORS: tuple[CodeType, ...] = (
+    importlib.import_module("headway.attention").attention.__code__,
+    reference.in_full.__code__,
+)
 
 FUSED = frozenset(
     f"aten::_scaled_dot_product_{name}"
@@ -100,13 +104,13 @@ def by_hand(scores: Tensor, heads: int | None) -> Seen | None:
 
 
 def at_the_door(stop: CodeType) -> FrameType | None:
-    """The running call of `headway.attention`, if the operator at hand is one of its; looked for up to `stop`.
+    """The running call of `headway.attention`, or for weights, if the operator is one of its; looked for up to `stop`.
 
     The frame is read and not kept. It tells the call as it was meant: typed mask, cap, sinks, key heads unrepeated.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not stop:
-        if frame.f_code is _DOOR:
+        if frame.f_code in _DOORS:
             return frame
         frame = frame.f_back
     return None
