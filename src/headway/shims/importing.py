@@ -116,8 +116,11 @@ def _hold(names: tuple[str, ...], hold: _Hold, force: bool) -> tuple[Answer, ...
     for name in names:
         if name not in NAMES:
             raise UnknownNameError("shim", name, NAMES)
+    answers: list[Answer] = []
     with _LOCK:
-        return tuple(_hold_one(name, hold, force) for name in dict.fromkeys(names or NAMES))
+        for name in dict.fromkeys(names or NAMES):
+            answers.append(_hold_one(name, hold, force))  # a warning names the caller by depth
+    return tuple(answers)
 
 
 def _hold_one(name: str, hold: _Hold, force: bool) -> Answer:

@@ -68,7 +68,7 @@ def test_rows_that_hold_several_sequences() -> None:
 
 def test_index_functions_and_their_gradients() -> None:
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
-    indices = torch.tensor([3, 0])
+    indices = torch.tensor([3, 0], dtype=torch.int32)  # transformers gives such to pad_input
     torch.autograd.gradcheck(bert_padding.index_first_axis, (x, indices))
     torch.autograd.gradcheck(bert_padding.index_put_first_axis, (x[:2], indices, 7))
     rows, residual = bert_padding.index_first_axis_residual(x, indices)
