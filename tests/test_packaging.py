@@ -54,6 +54,34 @@ def test_imports_no_optional_package(code: str) -> None:
     assert loaded & (OPTIONAL | {"headway_apps"}) == set()
 
 
+SETTINGS = """
+import os, sys, warnings, logging, signal, random, torch
+def settings():
+    b = torch.backends
+    return (dict(os.environ), list(sys.path), sys.excepthook, list(warnings.filters), logging.root.level,
+        list(logging.root.handlers), signal.getsignal(signal.SIGINT), random.getstate(),
+        torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
+        torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(),
+        b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32, b.cudnn.benchmark, b.cudnn.deterministic,
+        b.cuda.flash_sdp_enabled(), b.cuda.mem_efficient_sdp_enabled(), b.cuda.math_sdp_enabled(),
+        b.cuda.cudnn_sdp_enabled(), b.mha.get_fastpath_enabled(), torch.cuda.is_initialized(),
+        torch.nn.functional.scaled_dot_product_attention, torch.nn.MultiheadAttention.forward)
+import typer, rich.console, rich.table, torch._dynamo, torch.nn.attention.flex_attention, torch.utils.checkpoint  # and what these set
+before = settings()
+"""
+
+
+@pytest.mark.parametrize("code", ["import headway", IMPORT_ALL], ids=["headway", "every module of it"])
+def test_an_import_sets_nothing_for_the_process(code: str) -> None:
+    """No environment variable, flag of PyTorch, handler, filter or random number; and it prints nothing."""
+    check = "after = settings()\nassert not [(a, b) for a, b in zip(before, after) if a != b]"
+    path = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{path}{SETTINGS}{code}\n{check}"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_changelog_ends_at_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## \[(.+?)\]", changelog, flags=re.MULTILINE)

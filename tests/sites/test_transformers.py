@@ -830,6 +830,21 @@ def test_gradient_checkpointing(name):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["dinov2", "vit", "bert", "whisper"])
+def test_gradient_checkpointing_of_backbones(name):
+    """Also of those that a tool for nn.TransformerEncoder alone passes by; each layer is computed once more."""
+    config, inputs = ENCODERS[name]
+    model = filled(tf.AutoModel.from_config(config())).train()
+    undo, tickets = swap(model)
+    plain = answers(model, inputs)
+    once = [sum(ticket.runs.values()) for ticket in tickets]
+    model.gradient_checkpointing_enable()
+    for one, other in zip(answers(model, inputs), plain, strict=True):
+        torch.testing.assert_close(one, other)
+    assert [sum(ticket.runs.values()) for ticket in tickets] == [3 * count for count in once]
+    undo()
+
+
 @pytest.mark.parametrize("padding, swapped", [(None, True), ("left", False)])
 def test_a_whole_forward_compiles(padding, swapped):
     model = decoder("llama")

@@ -356,6 +356,19 @@ def test_figures(tmp_path: Path) -> None:
     assert nothing.figures(tmp_path) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_files_and_figures_of_narrow_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """NumPy knows no bfloat16."""
+    model = Mixed().to(dtype)
+    with watch(model) as recording:
+        train_step(model, torch.randn(3, 7, 16, dtype=dtype))
+    assert len(recording.figures(tmp_path)) == 3
+    assert Recording.load_json(recording.save_json(tmp_path / "run.json")).to_dict() == recording.to_dict()
+    assert recording.save_csv(tmp_path / "run.csv").stat().st_size
+    assert recording.outputs
+    assert "NaN" not in str(recording.report())
+
+
 def test_figures_of_odd_numbers(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     with watch(model) as recording:
