@@ -118,8 +118,8 @@ def gradient_wrong(self: Site, *args: Any, **kwargs: Any) -> Tensor:
 
 
 PLANTED = (
-    gradient_wrong, scale_wrong, output_wrong, mask_dropped, one_nan, dropout_on, one_element, no_gradient, key_is_value, another_shape,
-    an_exception,
+    gradient_wrong, scale_wrong, output_wrong, mask_dropped, one_nan, dropout_on, one_element, no_gradient, key_is_value,
+    another_shape, an_exception,
 )  # fmt: skip
 
 
@@ -142,6 +142,21 @@ def test_a_planted_mistake_fails_the_proof(
     assert [type(m) for m in model.modules()] == [type(m) for m in Model().modules()]
     assert torch.equal(model(batch(dtype)), truth)
     assert done.certificate.whole is None
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("asked", ("auto", "sdpa-math"))
+def test_half_a_percent_is_no_rounding_in_half_precision_either(
+    asked: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(dtype).eval()
+    assert swap(model, batch(dtype), backend=asked).certificate.passed  # type: ignore[union-attr]
+    monkeypatch.setattr(Site, "attend", lambda *args, **kwargs: real(*args, **kwargs) * 1.005)
+    done = swap(model, batch(dtype), backend=asked)
+    assert done.census.swapped == ()
+    assert done.certificate is not None
+    for proof in done.certificate.proofs:
+        assert "forward in float64" in [errors.what for errors in proof.errors if not errors.passed]
 
 
 def test_one_wrong_site_does_not_take_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def error_bars(errors: Sequence[Errors], at_most: int = 14) -> str:
     """A pair of bars for each error, before above now, with a tick where now would be too much."""
     if not errors:
         return "<p>Nothing to compare.</p>"
-    shown = sorted(errors, key=lambda e: (e.what != "forward", e.passed, -share(e.worst_now, e)))[:at_most]
+    shown = sorted(errors, key=lambda e: (not e.what.startswith("forward"), e.passed, -share(e.worst_now, e)))[:at_most]
     scale = Scale(x for e in shown for x in (share(e.worst_before, e), share(e.worst_now, e), _allowed(e)))
     lines = ['<div class="bars">', *(_bar_row(e, scale) for e in shown), _axis(scale), "</div>"]
     if len(errors) > len(shown):

@@ -175,7 +175,7 @@ class Row:
 
     def _level(self, forward: bool) -> Level | None:
         errors = () if self.proof is None else self.proof.errors
-        return level([e for e in errors if (e.what == "forward") == forward])
+        return level([e for e in errors if e.what.startswith("forward") == forward])
 
 
 def level(errors: list[Errors]) -> Level | None:

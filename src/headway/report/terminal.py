@@ -126,8 +126,8 @@ def _show_proof(report: Report, console: Console) -> None:
     )
     if certificate.whole is not None and not certificate.whole.failure:
         errors = certificate.whole.errors
-        forward = level([e for e in errors if e.what == "forward"])
-        gradients = level([e for e in errors if e.what != "forward"])
+        forward = level([e for e in errors if e.what.startswith("forward")])
+        gradients = level([e for e in errors if not e.what.startswith("forward")])
         said = [f"{what} {found}" for what, found in (("forward", forward), ("gradients", gradients)) if found]
         console.print(f"  the whole model, now / before: {', '.join(said) or 'nothing to compare'}", highlight=False)
     ran = [card for card in certificate.deck if card.backend]

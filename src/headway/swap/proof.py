@@ -33,6 +33,7 @@ from headway.swap.judge import Errors, errors_of, with_usual, worse
 from headway.swap.still import still
 
 FORMAT = "headway certificate 1"
+WHOLE = "the whole model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _plain(value: Any) -> Any:
 
 
 def _name(proof: Proof) -> str:
-    return proof.name or "the whole model"
+    return proof.name or WHOLE
 
 
 def _worst(proof: Proof) -> str:
@@ -160,7 +161,7 @@ def prove(
                 put_back(ticket)
         whole = None
         if "" in calls and any(ticket.swapped for ticket in tickets):
-            whole = _prove(Ticket("", "the whole model"), model, calls[""], restore, NUDGES)
+            whole = _prove(Ticket("", WHOLE), model, calls[""], restore, NUDGES)
     return Certificate(type(model).__name__, tuple(proofs), deck, whole, facts(model))
 
 
@@ -215,7 +216,19 @@ def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore, 
         more = _compared(truth, again(nudge), now, eps, alone)
         errors = tuple(one if one.passed else worse(one, other) for one, other in zip(errors, more, strict=True))
         judge = f"{judge.partition(BESIDE)[0]}{BESIDE}{nudge} more roundings of its weights"
+    if not alone and eps > FINE and ticket.kind != WHOLE:  # its sites have said it
+        errors += _in_float64(deep_copy(module), run, before, truth, eps)
     return Proof(name, ticket.kind, judge, backends, errors)
+
+
+def _in_float64(module: nn.Module, run: Run, before: Answer, truth: Answer, eps: float) -> tuple[Errors, ...]:
+    """What a module of half precision answers in float64, where a scale 1 % off is no rounding; held to float32's."""
+    for site in filter(None, map(site_of, module.modules())):
+        site.ticket.asked = "auto"  # a backend asked for by name may not take float64
+    now = run(module.double(), dtype=torch.float64, among=before, without=None)
+    least = [t + (b.double() - t) * (FINE / eps) for t, b in zip(truth.outputs, before.outputs, strict=True)]
+    answers = zip(truth.outputs, least, now.outputs, strict=True)
+    return tuple(errors_of("forward in float64", *answer, FINE) for answer in answers if answer[0].numel())
 
 
 def _compared(truth: Answer, before: Answer, now: Answer, eps: float, alone: bool) -> tuple[Errors, ...]:
@@ -233,6 +246,7 @@ def _compared(truth: Answer, before: Answer, now: Answer, eps: float, alone: boo
 
 
 Run = Callable[..., Answer]
+FINE = torch.finfo(torch.float32).eps
 WITHOUT = ", without "
 BESIDE = ", beside "
 
