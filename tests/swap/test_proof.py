@@ -118,8 +118,8 @@ def gradient_wrong(self: Site, *args: Any, **kwargs: Any) -> Tensor:
 
 
 PLANTED = (
-    gradient_wrong, scale_wrong, output_wrong, mask_dropped, one_nan, dropout_on, one_element, no_gradient, key_is_value,
-    another_shape, an_exception,
+    gradient_wrong, scale_wrong, output_wrong, mask_dropped, one_nan, dropout_on, one_element, no_gradient,
+    key_is_value, another_shape, an_exception,
 )  # fmt: skip
 
 
