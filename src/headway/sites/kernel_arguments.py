@@ -212,7 +212,7 @@ def xformers(site: Site, real: Callable[..., Any], args: tuple[Any, ...], kwargs
     """memory_efficient_attention: (B, M, K), (B, M, H, K), or (B, M, G, H, K) where H heads may share a key head."""
     given = _given(real, args, kwargs, _XFORMERS)
     query, value = given["query"], given["value"]
-    q, k, v = xformers_operands(query, given["key"], value)
+    q, k, v = (x.transpose(1, 2) for x in xformers_heads(query, given["key"], value))
     mask = xformers_mask(given["attn_bias"], query, q, k)
     out = site.attend(q, k, v, mask, scale=given["scale"], dropout=given["p"])
     out = out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]).contiguous()  # as there
@@ -220,8 +220,8 @@ def xformers(site: Site, real: Callable[..., Any], args: tuple[Any, ...], kwargs
     return out if wide is None else out.to(wide)
 
 
-def xformers_operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, L, D) each; heads that share a key head by stride are given it once."""
+def xformers_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, H, D) each; heads that share a key head by stride are given it once."""
     if query.dim() not in (3, 4, 5) or not query.dim() == key.dim() == value.dim():
         raise RequestError(
             f"got query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)},"
@@ -232,14 +232,13 @@ def xformers_operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
             f"got query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)},"
             " takes the same heads in each, as xFormers does: expand key and value"
         )
-    shares = query.dim() == 5 and all(x.stride(3) == 0 or x.shape[3] == 1 for x in (key, value))
-    k, v = (_heads(x[:, :, :, :1] if shares else x).transpose(1, 2) for x in (key, value))
-    return _heads(query).transpose(1, 2), k, v
-
-
-def _heads(x: Tensor) -> Tensor:
-    """(B, M, H, K)."""
-    return x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2)
+    if query.dim() == 4:
+        return query, key, value
+    if query.dim() == 3:
+        return query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
+    if all(x.stride(3) == 0 or x.shape[3] == 1 for x in (key, value)):
+        return query.flatten(2, 3), key[:, :, :, 0], value[:, :, :, 0]
+    return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
 
 
 def xformers_mask(bias: Any, query: Tensor, q: Tensor, k: Tensor) -> Mask | None:

@@ -269,7 +269,8 @@ def _as_documents(
     mask = remembered(queries, ("mask", keys, wanted.left, wanted.right, q.device), make)
     mask = mask if wanted.slopes is None else mask & Alibi(wanted.slopes.detach().to(q.device), "lower-right")
     answer = _answer(site, q, k, v, mask, wanted)
-    return tuple(x[0] if x.dim() == 3 else x[0].transpose(0, 1) for x in answer)
+    # A batch of one is squeezed off: the gradient of an index is a copy into zeros.
+    return tuple(x.squeeze(0) if x.dim() == 3 else x.squeeze(0).transpose(0, 1) for x in answer)
 
 
 # -- packed sequences as rows of a batch ------------------------------------------------------------------------------
@@ -388,6 +389,7 @@ def kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callabl
     known = _MASKS.get(anchor)
     if known is None or known[0]() is not other or known[1] != state:
         known = _MASKS[anchor] = weakref.ref(other), state, {}
+    at = (*at, torch.is_inference_mode_enabled())
     if at not in known[2]:
         known[2][at] = make()
     return cast(Made, known[2][at])

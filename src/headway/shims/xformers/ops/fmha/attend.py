@@ -16,7 +16,7 @@ from headway.masks.documents import Packing
 from headway.masks.memo import is_traced
 from headway.shims.insist import insist
 from headway.shims.xformers.ops.fmha.attn_bias import AttentionBias, _Blocks, _KeysWithGaps
-from headway.sites.kernel_arguments import xformers_mask, xformers_operands
+from headway.sites.kernel_arguments import xformers_heads, xformers_mask
 from headway.sites.packed import Ends, Wanted, attend_packed, attend_rows, kept, put, take, within
 
 
@@ -71,10 +71,11 @@ def refusals(inp: Inputs) -> list[str]:
 
 def _answer(inp: Inputs, door: _Door) -> tuple[Tensor, Tensor | None]:
     query, bias = inp.query, inp.attn_bias
-    q, k, v = xformers_operands(query, inp.key, inp.value)
+    q, k, v = xformers_heads(query, inp.key, inp.value)
     if isinstance(bias, _Blocks):
         out, *lse = (x[None] for x in _in_blocks(door, q, k, v, bias, inp))
     else:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = xformers_mask(bias, query, q, k)
         answer = door.attend(q, k, v, mask, scale=inp.scale, dropout=inp.p)
         out, *lse = answer if door.want_lse else (answer,)
@@ -111,16 +112,16 @@ class _Asking(_Door):
 
 
 def _in_blocks(door: _Door, q: Tensor, k: Tensor, v: Tensor, bias: _Blocks, inp: Inputs) -> tuple[Tensor, ...]:
-    """q (1, H, L, D), k and v alike; the result (L, H, D), and lse (H, L) if the door tells it."""
+    """q (1, L, H, D), k and v alike; the result (L, H, D), and lse (H, L) if the door tells it."""
     name = type(bias).__name__
     if q.shape[0] != 1 or k.shape[0] != 1:
         raise RequestError(
             f"got a batch of {q.shape[0]} with {name}, takes 1 with all sequences end to end: x.flatten(0, 1)[None]"
         )
-    queries = bias.q_seqinfo.packing(f"the queries of {name}", q.shape[2], q.device)
+    queries = bias.q_seqinfo.packing(f"the queries of {name}", q.shape[1], q.device)
     left, right, lower = bias._sides()
     wanted = Wanted(left, right, scale=inp.scale, dropout=inp.p)
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)  # an index's gradient would be a copy into zeros
     if isinstance(bias, _KeysWithGaps):
         ends = _ends(bias, queries, q.device)
         if queries.longest == 1:
@@ -134,10 +135,14 @@ def _in_blocks(door: _Door, q: Tensor, k: Tensor, v: Tensor, bias: _Blocks, inp:
     if lower or others is queries or (left, right) == (None, None):
         return attend_packed(door, q, k, v, queries, others, wanted)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    mask = within(Documents.packed(queries, others), left, right, "upper-left", q)
+
+    def make() -> Mask:
+        return within(Documents.packed(queries, others), left, right, "upper-left", q)
+
+    mask = kept(queries, others, None, ("upper-left", left, right, q.device), make)
     answer = door.attend(q, k, v, mask, scale=inp.scale, dropout=inp.p)
     out, *lse = answer if door.want_lse else (answer,)
-    return (out[0].transpose(0, 1), *(x[0] for x in lse))
+    return (out.squeeze(0).transpose(0, 1), *(x.squeeze(0) for x in lse))
 
 
 def _ends(bias: _KeysWithGaps, queries: Packing, device: torch.device) -> Ends:
@@ -159,7 +164,7 @@ def _ends(bias: _KeysWithGaps, queries: Packing, device: torch.device) -> Ends:
         if any(each.device.type != "cpu" for each in tensors):
             return make()
         state = [each.tolist() for each in tensors]
-    return kept(bias, queries, (state, bias._sides()), (device, torch.is_inference_mode_enabled()), make)
+    return kept(bias, queries, (state, bias._sides()), (device,), make)
 
 
 def _rows_of_keys(bias: _KeysWithGaps, k: Tensor, v: Tensor) -> Iterator[Tensor]:

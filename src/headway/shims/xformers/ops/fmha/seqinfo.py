@@ -84,18 +84,21 @@ class _SeqLenInfo:
     def _follow(self) -> None:
         """Bring the lists up to the tensor, if it was written to in place: kernels would read that."""
         state, was = self._state(), self._known[0]
+        if state == was and not self.seqstart.is_inference():
+            return
         if self.seqstart.device.type == "cpu":  # where nothing waits to read it
             starts = self.seqstart.tolist()
             if starts != self.seqstart_py:
                 lengths = [end - start for start, end in itertools.pairwise(starts)]
                 self.seqstart_py, self.max_seqlen, self.min_seqlen = starts, max(lengths), min(lengths)
+                state = self._state()
         elif was is not None and state != was and state[2] == was[2]:
             raise RequestError(
                 "got seqstart written to in place on a device, takes from_seqlens_inplace(lengths), or seqstart_py"
                 " set too, so that no call has to wait to read it"
             )
-        if self._state() != self._known[0]:
-            self._known = self._state(), None
+        if state != was:
+            self._known = state, None
 
     def to(self: Info, device: torch.device) -> Info:
         device = torch.device(device)
