@@ -66,13 +66,25 @@ def settings():
         b.cuda.flash_sdp_enabled(), b.cuda.mem_efficient_sdp_enabled(), b.cuda.math_sdp_enabled(),
         b.cuda.cudnn_sdp_enabled(), b.mha.get_fastpath_enabled(), torch.cuda.is_initialized(),
         torch.nn.functional.scaled_dot_product_attention, torch.nn.MultiheadAttention.forward)
-import typer, rich.console, rich.table, torch._dynamo, torch.nn.attention.flex_attention, torch.utils.checkpoint  # and what these set
+# What others set when they are imported is theirs.
+import typer, rich.console, rich.table, torch._dynamo, torch.nn.attention.flex_attention, torch.utils.checkpoint
 before = settings()
 """
 
 
-@pytest.mark.parametrize("code", ["import headway", IMPORT_ALL], ids=["headway", "every module of it"])
-def test_an_import_sets_nothing_for_the_process(code: str) -> None:
+A_SWAP = """
+import headway
+with torch.random.fork_rng():
+    model, x = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(1, 4, 16)
+with headway.swap(model, x):
+    model(x).sum().backward()
+"""
+
+
+@pytest.mark.parametrize(
+    "code", ["import headway", IMPORT_ALL, A_SWAP], ids=["headway", "every module of it", "a swap"]
+)
+def test_an_import_or_a_swap_sets_nothing_for_the_process(code: str) -> None:
     """No environment variable, flag of PyTorch, handler, filter or random number; and it prints nothing."""
     check = "after = settings()\nassert not [(a, b) for a, b in zip(before, after) if a != b]"
     path = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
