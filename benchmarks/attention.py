@@ -194,16 +194,17 @@ def rows(case: Case, grad: bool, common: dict[str, Any]) -> Iterator[dict[str, A
 
 def host_rows(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Microseconds of host time a call, with a kernel so small that the host is all there is."""
-    q = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     causal = Causal()
     ways: dict[str, Callable[[], Any]] = {
-        "torch": lambda: F.scaled_dot_product_attention(q, q, q),
-        "torch causal": lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True),
-        "auto": lambda: headway.attention(q, q, q),
-        "auto causal": lambda: headway.attention(q, q, q, causal),
+        "torch": lambda: F.scaled_dot_product_attention(q, k, v),
+        "torch causal": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "auto": lambda: headway.attention(q, k, v),
+        "auto causal": lambda: headway.attention(q, k, v, causal),
     }
     for grad in (False, True):
-        q.requires_grad_(grad)
+        for x in (q, k, v):
+            x.requires_grad_(grad)
         for name, us in _host_times(ways).items():
             yield {"group": "host", "backend": name, "grad": grad, "host_us": round(us, 2), **common}
     # Programs of few and of many calls: their difference is what calls take, the rest what a program takes once.
@@ -291,7 +292,7 @@ def block_rows(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def about() -> dict[str, Any]:
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {
             "torch": str(torch.__version__),
             "cudnn": torch.backends.cudnn.version(),

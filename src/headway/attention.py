@@ -262,7 +262,8 @@ class _Plans(dict[Any, Plan]):
         super().__setitem__(key, plan)
 
     def recall(self, ask: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-        if _TENSOR_GUARDS is not None:
+        one_twice = q is k or k is v or q is v  # which the guards never take
+        if _TENSOR_GUARDS is not None and not one_twice:
             guards = _TENSOR_GUARDS(q, k, v, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             self.recent[ask] = ((guards.check, plan), *self.recent.get(ask, ())[:1])
 
