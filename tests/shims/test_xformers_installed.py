@@ -170,3 +170,33 @@ def test_info_runs_as_a_program() -> None:
     ).stdout
     assert told.startswith("xFormers 0.0.35")
     assert "memory_efficient_attention.cutlassF+headway" in told
+
+
+DIFFUSERS = """
+import torch, headway.shims
+headway.shims.install("xformers", as_distribution=True)
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.utils.import_utils import is_xformers_available
+assert is_xformers_available()
+layer = Attention(32, heads=4, dim_head=8).double()
+x = torch.randn(2, 7, 32, dtype=torch.float64)
+padding = torch.zeros(2, 1, 7, dtype=torch.float64)
+padding[0, :, 5:] = -10000.0
+for mask in (None, padding):
+    answers = []
+    for processor in (AttnProcessor2_0(), XFormersAttnProcessor()):
+        layer.set_processor(processor)
+        answers.append(layer(x, attention_mask=mask))
+    torch.testing.assert_close(*answers)
+q = torch.randn(2, 7, 4, 8)
+for causal in (False, True):
+    named = [dispatch_attention_fn(q, q, q, is_causal=causal, backend=name) for name in ("native", "xformers")]
+    torch.testing.assert_close(*named)
+print("as without it")
+"""
+
+
+def test_diffusers_finds_the_shim_and_gives_its_own_answers() -> None:
+    told = subprocess.run([sys.executable, "-W", "ignore", "-c", DIFFUSERS], capture_output=True, text=True)
+    assert told.stdout.endswith("as without it\n"), told.stderr
