@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from shims.biases import CASES, IN_BLOCKS, Case, Make
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import headway
 from headway.errors import RequestError
@@ -435,6 +437,20 @@ def test_one_graph_with_the_bias_made_in_it() -> None:
     want, logs = run(q, k, v)
     agree(out, want, q, k, v)
     close(lse, logs)
+
+
+def test_changing_lengths_are_few_programs() -> None:
+    torch._dynamo.reset()
+    programs = CompileCounter()
+    traced = torch.compile(xops.memory_efficient_attention, fullgraph=True, backend=programs)
+    draw = random.Random(0)
+    counts = []
+    for _ in range(24):
+        lengths = [draw.randint(1, 9) for _ in range(draw.randint(2, 5))]
+        q, bias = rand(1, sum(lengths), 2, 8), ab.BlockDiagonalMask.from_seqlens(lengths)
+        close(traced(q, q, q, bias), textbook(q, q, q, bias.materialize((sum(lengths),) * 2) == 0)[0])
+        counts.append(programs.frame_count)
+    assert counts[-1] == counts[12] <= 7, counts
 
 
 def test_a_bias_made_in_inference_mode_serves_training() -> None:
