@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from attention import Case, about, document_lengths, measure, ways
 from torch import Tensor
 
-from headway.shims.flash_attn import flash_attn_varlen_qkvpacked_func
+from headway.shims.flash_attn import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 
 ROUNDS = 7
 
@@ -94,7 +94,7 @@ def on_cuda(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
         case = Case("packed", "documents", 1, heads, heads, 16384, 16384, head_dim)
         for grad in (False, True):
             found = {name: run for name, run in ways(case, grad).items() if name != "auto"}
-            found |= {"shim": _shim(heads, head_dim, at, longest, grad)}
+            found |= {name: _shim(name, heads, head_dim, at, longest, grad) for name in ("shim", "shim, qkvpacked")}
             _without_waiting(found["shim"])
             for name, (ms, _, error) in measure(found).items():
                 row = {**case.__dict__, "pass": "forward+backward" if grad else "forward", "backend": name, **common}
@@ -103,19 +103,23 @@ def on_cuda(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {**row, **({"error": error} if error else times), "group": "shim"}
 
 
-def _shim(heads: int, head_dim: int, at: Tensor, longest: int, grad: bool) -> Callable[[int], None]:
+def _shim(name: str, heads: int, head_dim: int, at: Tensor, longest: int, grad: bool) -> Callable[[int], None]:
+    """On operands of their own, as the backends have them, or on one tensor, whose gradient is put together last."""
     tokens = int(at[-1])
-    inputs = [
-        torch.randn(tokens, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
-        for _ in range(3)
-    ]
+    shapes = [(tokens, 3, heads, head_dim)] if "packed" in name else [(tokens, heads, head_dim)] * 3
+    made = partial(torch.randn, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
+    inputs = [[made(*shape) for shape in shapes] for _ in range(3)]
     upstream = torch.randn(tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
 
     def run(turn: int) -> None:
-        qkv = inputs[turn % 3]
-        out = flash_attn_varlen_qkvpacked_func(qkv, at, longest)
+        operands = inputs[turn % 3]
+        if len(operands) == 1:
+            out = flash_attn_varlen_qkvpacked_func(operands[0], at, longest)
+        else:
+            q, k, v = operands
+            out = flash_attn_varlen_func(q, k, v, at, at, longest, longest)
         if grad:
-            torch.autograd.grad(out, [qkv], upstream)
+            torch.autograd.grad(out, operands, upstream)
 
     return run
 

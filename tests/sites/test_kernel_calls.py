@@ -1197,6 +1197,7 @@ def test_wrong_kernels_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_packages_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("flash_attn", "flash_attn.cute", "xformers", "xformers.ops", "xformers.ops.fmha"):
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "headway.shims", raising=False)
     monkeypatch.setattr(kernel_calls, "_look_at_class", None)
     assert not list(kernel_calls.find(gpt(Attention), None))
 

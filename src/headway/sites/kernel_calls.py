@@ -39,12 +39,20 @@ _XFORMERS = ("memory_efficient_attention",)
 
 _HOMES: tuple[tuple[tuple[str, ...], tuple[str, ...], kernel_arguments.Translate], ...] = (
     (("flash_attn.cute", "flash_attn.cute.interface"), _FLASH4, kernel_arguments.flash4),
-    (("flash_attn", "flash_attn.flash_attn_interface"), _FLASH, kernel_arguments.flash),
-    (("xformers.ops", "xformers.ops.fmha", "mslk.attention.fmha"), _XFORMERS, kernel_arguments.xformers),
-)
+    (
+        ("flash_attn", "flash_attn.flash_attn_interface", "headway.shims.flash_attn.flash_attn_interface"),
+        _FLASH, kernel_arguments.flash,
+    ),
+    (
+        ("xformers.ops", "xformers.ops.fmha", "mslk.attention.fmha", "headway.shims.xformers.ops.fmha"),
+        _XFORMERS, kernel_arguments.xformers,
+    ),
+)  # fmt: skip
 """Which modules have which functions, and how their arguments are understood."""
 
 _PACKAGES = frozenset({"flash_attn", "flash_attn_interface", "xformers", "mslk"})
+_SHIMS = "headway.shims"
+"""Where the functions are that stand in for theirs."""
 _OTHERS = frozenset(
     {
         *_FLASH, *_XFORMERS, "flash_attn_with_kvcache", "flash_attn_combine",
@@ -79,7 +87,8 @@ def _kernel(value: Any) -> Kernel | None:
     for homes, names, translate in _HOMES:
         if (at in homes and name in names) or any(_has(home, names, value) for home in homes):
             return Kernel(name, translate)
-    return Kernel(name, None) if name in _OTHERS and _package(value) in _PACKAGES else None
+    is_theirs = _package(value) in _PACKAGES or at.startswith(f"{_SHIMS}.")
+    return Kernel(name, None) if name in _OTHERS and is_theirs else None
 
 
 def _has(home: str, names: Collection[str], value: Any) -> bool:
@@ -411,7 +420,7 @@ _PLAIN = (int, float, str, bytes, tuple, list, dict, set, type(None), torch.Tens
 
 def _looks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ClassLook]]:
     """Every module, by every name, whose class says anything of kernels."""
-    if not any(package in sys.modules for package in _PACKAGES):
+    if sys.modules.keys().isdisjoint((*_PACKAGES, _SHIMS)):
         return  # nobody has loaded what could be called
     known: dict[type, ClassLook] = {}
     for name, module in model.named_modules(remove_duplicate=False):
