@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -86,11 +87,13 @@ with headway.swap(model, x):
 )
 def test_an_import_or_a_swap_sets_nothing_for_the_process(code: str) -> None:
     """No environment variable, flag of PyTorch, handler, filter or random number; and it prints nothing."""
+    # Not the environment of this process, where what an import would set is set already.
     check = "after = settings()\nassert not [(a, b) for a, b in zip(before, after) if a != b]"
     path = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
     done = subprocess.run(
-        [sys.executable, "-c", f"{path}{SETTINGS}{code}\n{check}"], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", f"{path}{SETTINGS}{code}\n{check}"], capture_output=True, text=True, check=False,
+        env={name: os.environ[name] for name in ("PATH", "HOME", "XDG_CACHE_HOME") if name in os.environ},
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
