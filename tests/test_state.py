@@ -543,7 +543,8 @@ def test_a_plan_is_recalled_for_tensors_like_its_own_alone(guards: bool, monkeyp
     memory, few = draw(2, 4, 7, 16)[1:], draw(2, 2, 9, 16)[1:]
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     learning = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    kinds = [(q, k, v), (q, q, q), (q, k, k), (q, *memory), (q, *few), strided, learning, [x.double() for x in (q, k, v)]]
+    wide = [x.double() for x in (q, k, v)]
+    kinds = [(q, k, v), (q, q, q), (q, k, k), (q, *memory), (q, *few), strided, learning, wide]
     for _ in range(3):  # each after each other
         for some in kinds:
             for mask in (None, Padding([some[1].shape[2], 4])):
