@@ -66,6 +66,8 @@ class Case:
     strided: bool = False
     empty: tuple[int, ...] = ()
     """Batch entries in which no query sees anything."""
+    filler_from: int | None = None
+    """Keys and values of the last batch entry from here on are large numbers. Not NaN: 0 times that is NaN to PyTorch."""
 
 
 CASES = (
@@ -77,6 +79,7 @@ CASES = (
     Case("causal, more queries than keys", 96, 40, lambda: Causal("upper-left")),
     Case("window", mask=lambda: Window(17, 0)),
     Case("padding", mask=lambda: Padding([96, 31])),
+    Case("large numbers in padding", mask=lambda: Padding([96, 31]), filler_from=31),
     Case("rows that see nothing", mask=lambda: Padding([0, 96]), empty=(0,)),
     Case("length 64 modulo 128, with padding", 192, 192, lambda: Padding([192, 65])),
     Case("logits far from 0", mask=lambda: Causal(), logits=30.0),
@@ -113,14 +116,16 @@ def _play(case: Case, shape: Shape) -> Card:
 def _draw(case: Case, shape: Shape) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(SEED)
 
-    def tensor(heads: int, length: int, size: int, factor: float = 1.0) -> Tensor:
+    def tensor(heads: int, length: int, size: int, factor: float = 1.0, of_keys: bool = True) -> Tensor:
         wide = size + 8 if case.strided else size
         made = torch.randn(2, length, heads, wide, generator=generator, dtype=torch.float64) * factor
+        if of_keys and case.filler_from is not None:
+            made[-1, case.filler_from :] = 1e4
         made = made.to(shape.device, getattr(torch, shape.dtype))[..., :size].transpose(1, 2)
         return (made if case.strided else made.contiguous()).requires_grad_()
 
     return (
-        tensor(shape.heads, case.q_len, shape.head_dim, case.logits),
+        tensor(shape.heads, case.q_len, shape.head_dim, case.logits, of_keys=False),
         tensor(shape.kv_heads, case.kv_len, shape.head_dim),
         tensor(shape.kv_heads, case.kv_len, shape.value_dim),
     )
