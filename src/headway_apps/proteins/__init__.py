@@ -1,0 +1,1 @@
+"""Discrete diffusion on protein sequences: from FASTA to samples, on any machine."""
