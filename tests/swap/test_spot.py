@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from headway import Alibi, Bias, Causal, Documents, Mask, Padding, Prefix, Window, attention
-from headway.backends import sdpa_flash, sdpa_math
+from headway.backends import reference, sdpa_flash, sdpa_math
 from headway.backends.kernel import Extras
 from headway.errors import SwapError
 from headway.sites.site import site_of
@@ -77,6 +82,111 @@ def test_right_calls_pass_after_any_change(change: str) -> None:
     for length in (1, 9, 200):
         model(torch.randn(3, length, 16, dtype=dtype))
     model[1](torch.randn(2, 9, 16, dtype=dtype), src_key_padding_mask=torch.arange(9) >= torch.tensor([[0], [4]]))
+
+
+def test_a_wrong_kernel_is_wrong_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = swapped()
+    spoil(monkeypatch)
+    for _ in range(2):  # who caught the error once computes nothing wrong the second time
+        with pytest.raises(SwapError, match="is wrong there"):
+            model[0](torch.randn(3, 9, 16))
+
+
+def test_autocast_and_what_masks_are_made_of_make_calls_new() -> None:
+    model = nn.MultiheadAttention(16, 2, batch_first=True)
+    swap(model)
+    site = site_of(model)
+    assert site is not None
+    q, k, v = (torch.randn(2, 2, 9, 8) for _ in range(3))
+    for mask in (Causal() & Padding([9, 4]), Causal() & Bias(torch.randn(9, 9)), Causal() | Padding([9, 4])):
+        for narrow in (False, True):
+            known = len(site.ticket.decisions)
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                site.attend(q, k, v, mask)
+            assert len(site.ticket.decisions) == known + 1
+
+
+def test_autocast_is_judged_by_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, 2, 70, 16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v)
+        inside = spot._errors(q.double(), k.double(), v.double(), None, Extras(), out)
+    assert out.dtype == torch.bfloat16
+    assert inside.passed
+    assert not spot._errors(q, k, v, None, Extras(), out * 1.02).passed
+
+
+def test_the_look_is_seen_by_nobody() -> None:
+    """A checkpoint that keeps some operators' results counts them, and a tracer takes no numbers out."""
+    torch.manual_seed(0)
+    model = swapped()
+    kept = {torch.ops.aten.bmm.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+    context = partial(create_selective_checkpoint_contexts, list(kept))
+
+    class After(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = model[0](x)
+            return torch.bmm(torch.tanh(torch.bmm(y, y.mT)), y)
+
+    def gradients() -> list[Tensor]:
+        x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+        checkpoint(After(), x, use_reentrant=False, context_fn=context).square().sum().backward()
+        found = [p.grad for p in model[0].parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
+
+    first, second = gradients(), gradients()
+    assert len(first) == 2
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+    totals = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(4, 9, 16))
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mask", [None, Causal(), Padding([3, 70]), Bias(torch.zeros(70, 70))], ids=repr)
+@pytest.mark.parametrize("backend", ["auto", "sdpa-math"])
+def test_what_is_no_number_judges_nothing(backend: str, mask: Mask | None, number: float) -> None:
+    """Kernels make this and that of it, also where a mask hides it; the other heads are judged all the same."""
+    torch.manual_seed(0)
+    for broken in range(3):
+        operands = [torch.randn(2, 2, 70, 16) for _ in range(3)]
+        operands[broken][0, 1, 35] = number
+        q, k, v = operands
+        out = attention(q, k, v, mask, backend=backend)
+        errors = spot._errors(q, k, v, mask, Extras(), out)
+        assert errors.passed
+        assert errors.judged == 0.75
+        assert not spot._errors(q, k, v, mask, Extras(), out * 1.02).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_that_cancel_are_judged_by_roundings_of_weights(dtype: torch.dtype) -> None:
+    """Equal weights over centred values give 0 but for the rounding of each weight, which every kernel does."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 64, 64) for _ in range(3))
+    q, k, v = (x.to(dtype) for x in (q * 0.01, k, v - v.mean(2, keepdim=True)))
+    assert spot._errors(q, k, v, None, Extras(), attention(q, k, v)).passed
+
+
+def test_few_numbers_may_be_exact_by_luck() -> None:
+    torch.manual_seed(0)
+    for _ in range(2000):
+        q, k, v = (torch.randn(1, 1, n, 2).half() for n in (1, 3, 3))
+        out = attention(q, k, v)
+        assert spot._errors(q, k, v, None, Extras(), out).passed
+        assert not spot._errors(q, k, v, None, Extras(), out + v.abs().amax() * 0.1).passed
+
+
+def test_scores_far_from_0_err_by_their_roundings() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 64, dtype=torch.float64) for _ in range(3))
+    q, k = q * 64, (k * 64)[:, :, :1].expand(1, 2, 70, 64).contiguous()
+    assert spot._errors(q, k, v, None, Extras(), attention(q, k, v, backend="sdpa-math")).passed
 
 
 def test_without_a_proof_every_kind_of_call_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +257,31 @@ def test_long_calls_are_judged_by_fewer_rows(monkeypatch: pytest.MonkeyPatch) ->
     assert spot._errors(q, k, v, Causal(), Extras(), out).passed
     out[:, :, -1] *= 1.1
     assert not spot._errors(q, k, v, Causal(), Extras(), out).passed, "the last row is always among them"
+
+
+@pytest.mark.parametrize("most", [1, 2 * 70 * 32, 2 * 70 * 32 * 3])
+def test_keys_that_would_fill_the_memory_are_judged_by_fewer_heads(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spot, "MOST_NUMBERS", most)
+    q, (k, v), sinks = torch.randn(2, 6, 70, 16), (torch.randn(2, 3, 70, 16) for _ in range(2)), torch.randn(6)
+    mask = Alibi(torch.rand(6)) & Padding([70, 20])
+    wide: list[int] = []
+    real = reference.weigh
+
+    def weigh(q: Tensor, k: Tensor, *rest: Any) -> Any:
+        wide.append(2 * k.numel())
+        return real(q, k, *rest)
+
+    monkeypatch.setattr(reference, "weigh", weigh)
+    out = attention(q, k, v, mask, sinks=sinks)
+    assert spot._errors(q, k, v, mask, Extras(sinks=sinks), out).passed
+    assert max(wide) <= max(most, 2 * 70 * 16)
+    out[0, 0] *= 1.1
+    assert not spot._errors(q, k, v, mask, Extras(sinks=sinks), out).passed, "the first head is always among them"
+
+
+def test_a_device_without_float64_is_not_looked_at() -> None:
+    q = torch.randn(2, 2, 9, 8)
+    assert spot._real(q)
+    assert not spot._real(q.to("meta"))
+    described = SimpleNamespace(device=torch.device("mps"), is_meta=False)
+    assert not spot._real(cast(Tensor, described))

@@ -94,18 +94,19 @@ class Site:
         )  # fmt: skip
         if not is_compiling():
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            kind = None if mask is None else mask.kind
             lengths = representative(q.shape[2]), representative(k.shape[2])  # a cache grows at every call
             sizes = q.shape[:2], k.shape[1], q.shape[3], v.shape[3], lengths
-            at = (*sizes, q.dtype, q.device, grad, kind, dropout > 0, softcap is None, sinks is None)
+            # Autocast shows in the dtype that comes out.
+            at = (*sizes, out.dtype, q.device, grad, _kinds(mask), dropout > 0, softcap is None, sinks is None)
             decision = self.ticket.decisions.get(at)
             if decision is None:
-                decision = self.ticket.decisions[at] = explain(
+                decision = explain(
                     q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks,
                     backend=asked, require=self.require,
                 )  # fmt: skip
                 if self.check is not None:
                     self.check(self.ticket, decision, q, k, v, mask, Extras(scale, dropout, softcap, sinks), out)
+                self.ticket.decisions[at] = decision  # which it is not known by while it is wrong
             self.ticket.runs[decision.backend().name] += 1
         return out
 
@@ -115,6 +116,12 @@ class Site:
         if not is_compiling():
             self.ticket.in_full += 1
         return answer
+
+
+def _kinds(mask: Mask | None) -> Any:
+    """The mask's kind, and those of its parts."""
+    parts: tuple[Mask, ...] = getattr(mask, "parts", ())
+    return None if mask is None else (mask.kind, *map(_kinds, parts)) if parts else mask.kind
 
 
 def site_of(module: nn.Module) -> Site | None:

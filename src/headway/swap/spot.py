@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+import operator
+
 import torch
 from torch import Tensor
 
@@ -14,12 +19,17 @@ from headway.masks.frame import Frame
 from headway.masks.memo import is_traced
 from headway.sites.site import Ticket
 from headway.swap.judge import Errors, errors_of
+from headway.watch.apart import apart
 
-MOST_ROWS, MOST_SCORES = 64, 1 << 24
+MOST_ROWS, MOST_SCORES, MOST_NUMBERS = 64, 1 << 24, 1 << 25
+"""How many rows are judged, and scores and numbers of keys and values looked at for it: 256 MB in float64."""
+FEW = 16
+"""Of fewer numbers all may be exact before, and none now, by chance."""
 STEEP = 256
-"""How many roundings a kernel of full precision may err: one of a score far from 0 shows as many of its answer's.
+"""How many roundings a kernel of full precision may err at least, or as many as its largest score could be.
 
-An error here stops somebody's run. What is wrong is wrong by more.
+One rounding of a score far from 0 shows as many of its answer's. An error here stops somebody's run; what is wrong is
+wrong by more.
 """
 
 
@@ -27,9 +37,11 @@ def insist(
     ticket: Ticket, decision: Decision, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, extras: Extras, out: Tensor
 ) -> None:
     """Raise if `out` is wrong. What cannot be said of a call (dropout draws, a tracer looks) is not said."""
-    if not decision.backend().exact or extras.dropout or not out.numel() or not k.numel() or not _real(out):
+    exact = decision.backend().exact and not extras.dropout
+    if not (exact and out.numel() and k.numel() and _real(out) and _may_wait(decision, out)):
         return
-    errors = _errors(q, k, v, mask, extras, out)
+    with apart():  # a checkpoint that counts operators, a tracer or a profiler must not meet these
+        errors = _errors(q, k, v, mask, extras, out)
     if not errors.passed:
         what = "the model itself" if not ticket.name else ticket.name
         raise SwapError(
@@ -39,32 +51,62 @@ def insist(
 
 
 def _real(out: Tensor) -> bool:
-    """Whether its numbers can be looked at now."""
-    capturing = out.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return type(out) is Tensor and not out.is_meta and not is_traced() and not capturing
+    """Whether its numbers can be looked at now, and in float64."""
+    return type(out) is Tensor and out.device.type in ("cpu", "cuda") and not is_traced()
 
 
-@torch.no_grad()
+def _may_wait(decision: Decision, out: Tensor) -> bool:
+    """Whether nobody has forbidden, or asked to be told, that the host waits for the device."""
+    if out.device.type != "cuda":
+        return True
+    forbidden = "no-sync" in decision.request.require or torch.cuda.get_sync_debug_mode()
+    return not forbidden and not torch.cuda.is_current_stream_capturing()
+
+
 def _errors(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, extras: Extras, out: Tensor) -> Errors:
-    """Of rows from first to last of the first and the last batch entry; what plain PyTorch errs there is the before."""
+    """Of some rows of some heads, first and last among them; what plain PyTorch errs there is the before."""
     frame = Frame(q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.device)
-    entries = sorted({0, frame.batch - 1})
-    count = max(1, min(frame.q_len, MOST_ROWS, MOST_SCORES // (len(entries) * frame.heads * max(frame.kv_len, 1))))
-    rows = torch.linspace(0, frame.q_len - 1, count, device=q.device).long()
-    b, h, q_index, k_index = frame.indices()
-    at = b[entries], h, q_index[rows], k_index
-    keep = None if mask is None else mask.rule(frame)(*at)
+    numbers = frame.kv_len * (k.shape[3] + v.shape[3])
+    entries = _spread(frame.batch, min(2, MOST_NUMBERS // numbers), q.device)
+    heads = _spread(frame.heads, MOST_NUMBERS // (numbers * len(entries)), q.device)
+    rows = _spread(frame.q_len, min(MOST_ROWS, MOST_SCORES // (frame.kv_len * len(entries) * len(heads))), q.device)
+    of_keys = heads // (q.shape[1] // k.shape[1])
 
-    def answer(dtype: torch.dtype) -> Tensor:
+    b, h, q_index, k_index = frame.indices()
+    at = b[entries], h[heads], q_index[rows], k_index
+    keep = None if mask is None else mask.rule(frame)(*at)
+    score = None if mask is None else mask.score(frame)
+    extras = dataclasses.replace(extras, sinks=None if extras.sinks is None else extras.sinks[heads])
+    # What autocast computes in shows in what comes out.
+    q, now = (x[entries][:, heads][:, :, rows].to(out.dtype) for x in (q, out))
+    k, v = (x[entries][:, of_keys].to(out.dtype) for x in (k, v))
+
+    def answer(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         zero = torch.zeros((1, 1, 1, 1), dtype=torch.promote_types(dtype, torch.float32), device=q.device)
-        score = None if mask is None else mask.score(frame)
         added = None if score is None else score(zero, *at).to(dtype)
-        some = q[entries][:, :, rows].to(dtype), k[entries].to(dtype), v[entries].to(dtype)
-        return reference.attend(*some, (keep, added), extras)[0]
+        weights, _ = reference.weigh(q.to(dtype), k.to(dtype), (keep, added), extras)
+        return weights.to(dtype) @ v.to(dtype), weights  # weights are rounded too, as in every kernel
 
     # What float64 errs itself it cannot say: as many roundings as float32.
     plain = torch.float32 if q.dtype == torch.float64 else q.dtype
-    eps, truth = torch.finfo(q.dtype).eps, answer(torch.float64)
-    before = truth + (answer(plain) - truth) * (eps / torch.finfo(plain).eps)
-    steep = STEEP if plain == torch.float32 else 1
-    return errors_of("forward", truth, before, out[entries][:, :, rows], eps * steep)
+    eps = torch.finfo(q.dtype).eps * max(1.0, FEW / now.numel())
+    (truth, weights), (plainly, _) = answer(torch.float64), answer(plain)
+    wrong = (plainly - truth).abs() * (torch.finfo(q.dtype).eps / torch.finfo(plain).eps)
+    rounded = (weights.square() @ v.double().square()).sqrt() * eps / 4
+    # Kernels differ in what they make of numbers that are none, also where a mask hides them.
+    sound = functools.reduce(operator.and_, (x.isfinite().flatten(2).all(-1) for x in (q, k, v)))
+    truth = truth.masked_fill(~sound[..., None, None], math.nan)
+    steep = max(STEEP, _largest_score(q, k, extras)) if plain == torch.float32 else 1
+    return errors_of("forward", truth, truth + wrong.maximum(rounded), now, eps * steep)
+
+
+def _spread(count: int, most: int, device: torch.device) -> Tensor:
+    """Indices from first to last, at most so many, and one at least."""
+    return torch.linspace(0, count - 1, max(1, min(count, most)), dtype=torch.float64, device=device).long()
+
+
+def _largest_score(q: Tensor, k: Tensor, extras: Extras) -> float:
+    """No score is larger."""
+    scale = q.shape[3] ** -0.5 if extras.scale is None else abs(extras.scale)
+    bound = scale * q.norm(dim=-1).amax(-1) * k.norm(dim=-1).amax(-1)
+    return bound.nan_to_num(0.0, 0.0).max().item()
