@@ -23,6 +23,14 @@ from headway.sites.site import site_of
 from headway.swap import swap
 
 
+@pytest.fixture(autouse=True)
+def _priority_as_it_was() -> Iterator[None]:
+    """PyTorch's selector leaves the order it was given behind."""
+    order = torch._C._get_sdp_priority_order()
+    yield
+    torch._C._set_sdp_priority_order(order)
+
+
 class Calls(nn.Module):
     """One call with the arguments it is given, and a parameter to move."""
 
