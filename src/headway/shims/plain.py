@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.attention import attention, casts, constant_to_tracers
+from headway.attention import attention, casts, constant_to_tracers, explain
+from headway.choice.choose import Decision
 from headway.masks.base import Mask
 
 BFLOAT16_SINCE = (8, 0)
@@ -19,18 +20,21 @@ BFLOAT16_SINCE = (8, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """It answers with the result, or if `lse` with the log of each row's denominator too, which gets no gradient."""
+    """It answers with the result, or if `lse` with the log of each row's denominator too.
+
+    That gets no gradient unless `lse_learns`, as fused kernels tell it only where nothing learns.
+    """
 
     require: tuple[str, ...] = ()
     lse: bool = False
+    lse_learns: bool = False
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, scale: float | None, dropout: float,
         softcap: float | None, sinks: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         given = q.dtype
-        if given == torch.bfloat16 and q.device.type == "cuda" and emulates_bfloat16(q.device.index):
-            q, k, v = q.half(), k.half(), v.half()
+        q, k, v = _as_computed(q), _as_computed(k), _as_computed(v)
 
         def run(return_lse: bool) -> Any:
             return attention(
@@ -42,11 +46,23 @@ class Plain:
             if not self.lse:
                 out: Tensor = run(False)
                 return out.to(given)
-            with torch.no_grad():
+            with nullcontext() if self.lse_learns else torch.no_grad():
                 out, lse = run(True)
-            if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-                out = run(False)  # apart, as fused kernels tell the lse only where nothing learns
+            if not self.lse_learns and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+                out = run(False)
         return out.to(given), lse
+
+
+def decision(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, **options: Any) -> Decision:
+    """What would be decided for such a call."""
+    with _as_given(q):
+        return explain(_as_computed(q), _as_computed(k), _as_computed(v), mask, **options)
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """In the dtype that this device computes in for it."""
+    emulated = x.dtype == torch.bfloat16 and x.device.type == "cuda" and emulates_bfloat16(x.device.index)
+    return x.half() if emulated else x
 
 
 def _as_given(q: Tensor) -> AbstractContextManager[Any]:

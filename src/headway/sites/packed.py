@@ -5,7 +5,7 @@ on an accelerator no value is read for it, as that would wait, so there a wrong 
 
 Where kernels know documents, packed sequences stay as they are. Elsewhere, as on CPU and on GPUs before sm80, a mask of
 documents would be a square of all tokens; so there they are laid out as rows of a batch, with filler where they are
-shorter. Sequences of one length are such rows already.
+shorter, and on a CPU those of about one size apart from others. Sequences of one length are such rows already.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -82,10 +82,10 @@ def attend_rows(
         mask = both(band(wanted.left, wanted.right, "lower-right"), _alibi(wanted.slopes, q, k))
     else:
         mask = both(_over_filler(q, k, wanted, ends), _alibi(wanted.slopes, q, k, ends))
-    return _answer(site, q, k, v, mask, wanted)
+    return answered(site, q, k, v, mask, wanted)
 
 
-def _answer(site: Attends, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, wanted: Wanted) -> tuple[Tensor, ...]:
+def answered(site: Attends, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, wanted: Wanted) -> tuple[Tensor, ...]:
     """(result,), or (result, lse) from what answers with both."""
     answer = site.attend(
         q, k, v, mask, scale=wanted.scale, dropout=wanted.dropout, softcap=wanted.softcap, sinks=wanted.sinks
@@ -225,10 +225,14 @@ def attend_packed(
             f"got cumulative lengths of {queries.count} sequences of queries and {keys.count} of"
             " keys, takes as many of one as of the other; a sequence may have length 0"
         )
+    _check_slopes(wanted.slopes, queries.count, q.shape[1])
     if _is_full(queries) and _is_full(keys):
         rows = [_in_rows(x, at) for x, at in ((q, queries), (k, keys), (v, keys))]
         out, *lse = attend_rows(site, rows[0], rows[1], rows[2], wanted)
         return (out.transpose(1, 2).flatten(0, 1), *(x.transpose(0, 1).flatten(1) for x in lse))
+    groups = _groups(q, queries, keys)
+    if groups is not None:
+        return _attend_groups(site, q, k, v, groups, wanted)
     if _stays_packed(q, queries, keys, wanted):
         return _as_documents(site, q, k, v, queries, keys, wanted)
     return attend_padded(site, q, put(k, keys), put(v, keys), queries, keys, wanted)
@@ -268,7 +272,7 @@ def _as_documents(
 
     mask = remembered(queries, ("mask", keys, wanted.left, wanted.right, q.device), make)
     mask = mask if wanted.slopes is None else mask & Alibi(wanted.slopes.detach().to(q.device), "lower-right")
-    answer = _answer(site, q, k, v, mask, wanted)
+    answer = answered(site, q, k, v, mask, wanted)
     # A batch of one is squeezed off: the gradient of an index is a copy into zeros.
     return tuple(x.squeeze(0) if x.dim() == 3 else x.squeeze(0).transpose(0, 1) for x in answer)
 
@@ -280,22 +284,27 @@ def attend_padded(
     site: Attends, q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing, wanted: Wanted
 ) -> tuple[Tensor, ...]:
     """Packed queries, (tokens, H, D), and keys already in rows, (sequences, length, G, D)."""
-
-    def make() -> Ends:
-        real_keys = keys.on(q.device).diff()
-        return Ends(real_keys if keys is queries else queries.on(q.device).diff(), real_keys)
-
-    ends = remembered(queries, ("ends", keys, q.device), make)
     q, k, v = (x.transpose(1, 2) for x in (put(q, queries), k, v))
-    out, *lse = attend_rows(site, q, k, v, wanted, ends)
+    out, *lse = attend_rows(site, q, k, v, wanted, _ends(queries, keys, q.device))
     return (take(out.transpose(1, 2), queries), *(take(x.transpose(1, 2), queries).transpose(0, 1) for x in lse))
+
+
+def _ends(queries: Packing, keys: Packing, device: torch.device) -> Ends:
+    def make() -> Ends:
+        real_keys = keys.on(device).diff()
+        return Ends(real_keys if keys is queries else queries.on(device).diff(), real_keys)
+
+    return remembered(queries, ("ends", keys, device), make)
 
 
 def put(x: Tensor, packing: Packing) -> Tensor:
     """(tokens, ...) as (sequences, longest, ...), with zeros for filler."""
-    count = packing.count
-    rows = x.new_zeros(count * packing.longest, *x.shape[1:])
-    return rows.index_copy(0, _places(packing, x.device), x).view(count, packing.longest, *x.shape[1:])
+    count, longest = packing.count, packing.longest
+    return _spread(x, _places(packing, x.device), count * longest).view(count, longest, *x.shape[1:])
+
+
+def _spread(x: Tensor, places: Tensor, room: int) -> Tensor:
+    return x.new_zeros(room, *x.shape[1:]).index_put_((places,), x)
 
 
 def take(x: Tensor, packing: Packing) -> Tensor:
@@ -314,6 +323,97 @@ def _places(packing: Packing, device: torch.device) -> Tensor:
     return packing.once("places", device, find)[0]
 
 
+# -- packed sequences as rows of a batch for each size ----------------------------------------------------------------
+
+WORTH = 2**24
+"""How many products of features filler must cost before some sequences are laid out apart: a millisecond of a core."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Sequences of about one size, by their numbers, and how they are packed among themselves."""
+
+    members: list[int]
+    queries: Packing
+    keys: Packing
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    each: list[Group]
+    q_places: Tensor
+    """For each token its place in the rows of all groups, which lie end to end."""
+    k_places: Tensor
+
+
+def _groups(q: Tensor, queries: Packing, keys: Packing) -> Groups | None:
+    """Sequences by size where the host knows their lengths and the CPU computes; None if they are best all together.
+
+    A group begins where filler would be most of the work. So they are few, however many sequences there are.
+    """
+    if q.device.type != "cpu" or queries.lengths is None or keys.lengths is None or is_compiling():
+        return None
+    features = q.shape[1] * q.shape[2]
+    sizes = [length * other for length, other in zip(queries.lengths, keys.lengths, strict=True)]
+
+    def make() -> Groups | None:
+        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+        edges = [0]
+        for at, number in enumerate(order):
+            filler = sizes[order[edges[-1]]] - sizes[number]
+            if filler > sizes[number] and filler * (len(order) - at) * features > WORTH:
+                edges.append(at)
+        if len(edges) == 1:
+            return None
+        members = [order[first:last] for first, last in itertools.pairwise([*edges, len(order)])]
+        q_packings, q_places = _apart(queries, members)
+        k_packings, k_places = (q_packings, q_places) if keys is queries else _apart(keys, members)
+        return Groups(list(map(Group, members, q_packings, k_packings)), q_places, k_places)
+
+    return remembered(queries, ("groups", keys, features), make)
+
+
+def _apart(packing: Packing, groups: list[list[int]]) -> tuple[list[Packing], Tensor]:
+    """The packing of each group, and the place of each token in the rows of all."""
+    lengths = torch.tensor(packing.lengths)
+    packings = [Packing.of(lengths[members]) for members in groups]
+    widths = [each.longest for each in packings for _ in range(each.count)]
+    firsts = torch.empty_like(lengths)
+    firsts[list(itertools.chain(*groups))] = torch.tensor([0, *itertools.accumulate(widths[:-1])])
+    shifts = firsts - packing.starts[:-1]
+    return packings, torch.arange(packing.total) + shifts.repeat_interleave(lengths)
+
+
+def _attend_groups(
+    site: Attends, q: Tensor, k: Tensor, v: Tensor, groups: Groups, wanted: Wanted
+) -> tuple[Tensor, ...]:
+    q_packings, k_packings = [each.queries for each in groups.each], [each.keys for each in groups.each]
+    rows = zip(
+        groups.each,
+        _in_groups(q, groups.q_places, q_packings),
+        _in_groups(k, groups.k_places, k_packings),
+        _in_groups(v, groups.k_places, k_packings),
+        strict=True,
+    )
+    parts = [attend_rows(site, q, k, v, *_of(group, wanted)) for group, q, k, v in rows]
+    out, *lse = (torch.cat([x.transpose(1, 2).flatten(0, 1) for x in each]) for each in zip(*parts, strict=True))
+    return (out.index_select(0, groups.q_places), *(x.index_select(0, groups.q_places).transpose(0, 1) for x in lse))
+
+
+def _in_groups(x: Tensor, places: Tensor, packings: list[Packing]) -> Iterator[Tensor]:
+    rooms = [each.count * each.longest for each in packings]
+    return map(_in_rows, _spread(x, places, sum(rooms)).split(rooms), packings)
+
+
+def _of(group: Group, wanted: Wanted) -> tuple[Wanted, Ends | None]:
+    """What is wanted of a group, and where its rows end."""
+    if wanted.slopes is not None and wanted.slopes.dim() == 2 and len(wanted.slopes) > 1:
+        wanted = dataclasses.replace(wanted, slopes=wanted.slopes[group.members])
+    if _is_full(group.queries) and _is_full(group.keys):
+        return wanted, None
+    return wanted, _ends(group.queries, group.keys, group.queries.starts.device)
+
+
 # -- masks ------------------------------------------------------------------------------------------------------------
 
 
@@ -328,17 +428,21 @@ def _alibi(slopes: Tensor | None, q: Tensor, k: Tensor, ends: Ends | None = None
     if slopes is None:
         return None
     batch, heads = q.shape[:2]
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
-        raise RequestError(
-            f"got alibi_slopes {list(slopes.shape)}, takes ({heads},) or ({batch}, {heads}): one for each head,"
-            " or for each batch entry and head"
-        )
+    _check_slopes(slopes, batch, heads)
     slopes = slopes.detach().view(-1, heads)
     if len(slopes) == 1 and (ends is None or not _ends_differ(q, k, ends)):
         return Alibi(slopes[0], "lower-right")
     at = torch.arange(q.shape[2], device=q.device) + _diagonals(q, k, ends or Ends())[:, None]
     distance = (at[:, None, :, None] - torch.arange(k.shape[2], device=q.device)).abs()
     return Bias(-slopes[..., None, None] * distance)
+
+
+def _check_slopes(slopes: Tensor | None, batch: int, heads: int) -> None:
+    if slopes is not None and tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise RequestError(
+            f"got alibi_slopes {list(slopes.shape)}, takes ({heads},) or ({batch}, {heads}): one for each head,"
+            " or for each batch entry and head"
+        )
 
 
 def both(*masks: Mask | None) -> Mask | None:

@@ -180,6 +180,37 @@ def test_packed_where_kernels_know_documents(
     test_packed(lengths, OPTIONS[option])
 
 
+@pytest.mark.parametrize("option", ["all, plain", "causal, plain", "window, slopes", "all, all of them"])
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+def test_packed_by_size(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[tuple[int, ...], tuple[int, ...]], option: str
+) -> None:
+    """As where filler would cost much."""
+    monkeypatch.setattr(packed_rows, "WORTH", 0)
+    test_packed(lengths, OPTIONS[option])
+
+
+def test_slopes_of_each_sequence_go_with_it_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_rows, "WORTH", 0)
+    test_packed_that_share_a_tensor({"causal": True, "alibi_slopes": torch.rand(4, 4, dtype=torch.float64)})
+
+
+def test_filler_is_less_than_half_of_the_work_and_no_sequence_is_looped_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def note(site: Any, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        calls.append(q.shape[0] * q.shape[2] * k.shape[2])
+        return attend_rows(site, q, k, *rest)
+
+    attend_rows = packed_rows.attend_rows
+    monkeypatch.setattr(packed_rows, "attend_rows", note)
+    lengths = tuple(512 - i % 500 for i in range(3000))
+    x = torch.zeros(sum(lengths), 1, 1)
+    interface.flash_attn_varlen_func(x, x, x, starts(lengths), starts(lengths), 512, 512)
+    assert len(calls) <= 10
+    assert sum(calls) < 2 * sum(n * n for n in lengths)
+
+
 def test_a_long_sequence_among_many_short_ones_is_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_rows, "put", lambda *_: pytest.fail("100 rows of 64 for 163 tokens"))
     lengths = (*[1] * 99, 64)
@@ -195,13 +226,6 @@ def test_dtypes_come_back_and_weights_are_summed_in_float32(dtype: torch.dtype) 
     out = interface.flash_attn_func(q, k, torch.ones_like(k))
     assert out.dtype == dtype
     torch.testing.assert_close(out, torch.ones_like(q))
-
-
-def test_autocast_does_not_narrow_what_is_given() -> None:
-    q, k, v = (x.detach() for x in (draw(2, 5, 4, 8), draw(2, 5, 4, 8), draw(2, 5, 4, 8)))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = interface.flash_attn_func(q.float(), k.float(), v.float())
-    torch.testing.assert_close(out.double(), rows(q, k, v)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_head_sizes_that_flash_attn_pads_or_refuses() -> None:
@@ -317,6 +341,10 @@ def refused() -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]]:
         "batches": ("flash_attn_func", (q, *(torch.randn(2, 3, 4, 8),) * 2), {}, "takes one batch"),
         "dtypes": ("flash_attn_func", (q, q.half(), q.half()), {}, "takes one floating-point dtype"),
         "slopes": ("flash_attn_func", (q, q, q), {"alibi_slopes": torch.rand(3)}, "takes (4,) or (1, 4)"),
+        "slopes of packed": (
+            "flash_attn_varlen_func", (five, five, five, starts((2, 3)), starts((2, 3)), 3, 3),
+            {"alibi_slopes": torch.rand(3, 2)}, "takes (2,) or (2, 2)",
+        ),
         "dropout of all": ("flash_attn_func", (q, q, q), {"dropout_p": 1.0}, "from 0 to below 1"),
         "weights of dropout": (
             "flash_attn_func", (q, q, q), {"dropout_p": 0.5, "return_attn_probs": True}, "without dropout"

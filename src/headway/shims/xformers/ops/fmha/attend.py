@@ -9,15 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from headway.attention import attention, explain
 from headway.errors import HeadwayError, RequestError
 from headway.masks import Documents, Mask
 from headway.masks.documents import Packing
 from headway.masks.memo import is_traced
 from headway.shims.insist import insist
+from headway.shims.plain import Plain, decision
 from headway.shims.xformers.ops.fmha.attn_bias import AttentionBias, _Blocks, _KeysWithGaps
 from headway.sites.kernel_arguments import xformers_heads, xformers_mask
-from headway.sites.packed import Ends, Wanted, attend_packed, attend_rows, kept, put, take, within
+from headway.sites.packed import Attends, Ends, Wanted, answered, attend_packed, attend_rows, kept, put, take, within
 
 
 @dataclasses.dataclass
@@ -50,18 +50,18 @@ class Inputs:
 
 def attend(inp: Inputs) -> Tensor:
     """Attention laid out as the query is."""
-    return _answer(inp, _Door(want_lse=False))[0]
+    return _answer(inp, Plain())[0]
 
 
 def attend_with_lse(inp: Inputs) -> tuple[Tensor, Tensor]:
     """Attention, and the logs of its denominators: (B, H, M), or (B, G, H, M) if the query has groups."""
-    out, lse = _answer(inp, _Door(want_lse=True))
+    out, lse = _answer(inp, Plain(lse=True, lse_learns=True))
     return out, cast(Tensor, lse)
 
 
 def refusals(inp: Inputs) -> list[str]:
     """Why the call would be refused; nothing is computed."""
-    asking = _Asking(want_lse=False)
+    asking = _Asking()
     try:
         _answer(inp, asking)
     except HeadwayError as error:
@@ -69,7 +69,7 @@ def refusals(inp: Inputs) -> list[str]:
     return asking.refused
 
 
-def _answer(inp: Inputs, door: _Door) -> tuple[Tensor, Tensor | None]:
+def _answer(inp: Inputs, door: Attends) -> tuple[Tensor, Tensor | None]:
     query, bias = inp.query, inp.attn_bias
     q, k, v = xformers_heads(query, inp.key, inp.value)
     if isinstance(bias, _Blocks):
@@ -77,8 +77,7 @@ def _answer(inp: Inputs, door: _Door) -> tuple[Tensor, Tensor | None]:
     else:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = xformers_mask(bias, query, q, k)
-        answer = door.attend(q, k, v, mask, scale=inp.scale, dropout=inp.p)
-        out, *lse = answer if door.want_lse else (answer,)
+        out, *lse = answered(door, q, k, v, mask, Wanted(scale=inp.scale, dropout=inp.p))
         out = out.transpose(1, 2)
     out = out.reshape(*query.shape[:-1], inp.value.shape[-1]).to(inp.get_output_dtype()).contiguous()
     logs = lse[0] if lse else None
@@ -86,32 +85,22 @@ def _answer(inp: Inputs, door: _Door) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Door:
-    """Attention on whatever is fastest here, and the lse if it is wanted."""
-
-    want_lse: bool
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, **options: Any) -> Any:
-        return attention(q, k, v, mask, return_lse=self.want_lse, **options)  # type: ignore[call-overload]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asking(_Door):
+class _Asking:
     """Whether there would be attention."""
 
     refused: list[str] = dataclasses.field(default_factory=list)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, **options: Any) -> Any:
-        decision = explain(q, k, v, mask, **options)
-        if decision.chosen is None:
-            self.refused.append(str(decision))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, **options: Any) -> Tensor:
+        found = decision(q, k, v, mask, **options)
+        if found.chosen is None:
+            self.refused.append(str(found))
         return q.new_empty(*q.shape[:3], v.shape[3])
 
 
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
-def _in_blocks(door: _Door, q: Tensor, k: Tensor, v: Tensor, bias: _Blocks, inp: Inputs) -> tuple[Tensor, ...]:
+def _in_blocks(door: Attends, q: Tensor, k: Tensor, v: Tensor, bias: _Blocks, inp: Inputs) -> tuple[Tensor, ...]:
     """q (1, L, H, D), k and v alike; the result (L, H, D), and lse (H, L) if the door tells it."""
     name = type(bias).__name__
     if q.shape[0] != 1 or k.shape[0] != 1:
@@ -140,8 +129,7 @@ def _in_blocks(door: _Door, q: Tensor, k: Tensor, v: Tensor, bias: _Blocks, inp:
         return within(Documents.packed(queries, others), left, right, "upper-left", q)
 
     mask = kept(queries, others, None, ("upper-left", left, right, q.device), make)
-    answer = door.attend(q, k, v, mask, scale=inp.scale, dropout=inp.p)
-    out, *lse = answer if door.want_lse else (answer,)
+    out, *lse = answered(door, q, k, v, mask, wanted)
     return (out.squeeze(0).transpose(0, 1), *(x.squeeze(0) for x in lse))
 
 
