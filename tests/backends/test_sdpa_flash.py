@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from headway import Causal, Full, Mask, Padding, Window, attention
 from headway.backends import sdpa_flash
@@ -60,3 +61,13 @@ def test_rows_whose_denominator_is_1_keep_their_answer() -> None:
     out, lse = attention(torch.zeros(1, 1, 3, 8), torch.randn(1, 1, 1, 8), v, backend="sdpa-flash", return_lse=True)
     assert not lse.any()
     assert torch.equal(out, v.expand_as(out))
+
+
+def test_a_tracer_of_operators_takes_it_whole() -> None:
+    """Nothing of it depends on a number that would have to be read."""
+    q = torch.randn(1, 2, 5, 8)
+    traced = make_fx(lambda q: attention(q, q, q, Causal(), backend="sdpa-flash"))(q)
+    for value in (1.0, float("nan")):
+        other = torch.full((1, 1, 5, 1), value) * torch.randn(1, 2, 5, 8)
+        wanted = attention(other, other, other, Causal(), backend="sdpa-flash")
+        torch.testing.assert_close(traced(other), wanted, equal_nan=True)

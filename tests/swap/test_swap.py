@@ -475,6 +475,15 @@ def test_a_model_that_keeps_what_its_last_run_computed() -> None:
     assert model.qkv.weight.grad is not None
 
 
+def test_a_model_whose_attributes_hold_each_other() -> None:
+    model = Own()
+    root: dict[str, Any] = {"children": [], "seen": torch.ones(1)}
+    root["children"].append({"parent": root})
+    model.tree = root
+    assert swap(model, batch()).census.swapped
+    assert model.tree is root
+
+
 def test_safetensors_both_ways(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     model, other = made().eval(), made().eval()

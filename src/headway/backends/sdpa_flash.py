@@ -61,7 +61,7 @@ def _with_nan(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, T
 
     Every row sees the first key here, so its score tells. A look at lse is cheap, and spares the rest nearly always.
     """
-    if type(lse) is Tensor and not is_compiling() and lse.all():
+    if type(lse) is Tensor and not is_compiling() and not torch._C._len_torch_dispatch_stack() and lse.all():
         return out, lse
     first, _ = repeat_kv(q, k[:, :, :1], k[:, :, :1])
     lost = (q @ first.mT).isnan()

@@ -109,4 +109,4 @@ def _largest_score(q: Tensor, k: Tensor, extras: Extras) -> float:
     """No score is larger."""
     scale = q.shape[3] ** -0.5 if extras.scale is None else abs(extras.scale)
     bound = scale * q.norm(dim=-1).amax(-1) * k.norm(dim=-1).amax(-1)
-    return bound.nan_to_num(0.0, 0.0).max().item()
+    return float(bound.nan_to_num(0.0, 0.0).max())
