@@ -123,6 +123,11 @@ class Counts:
     noted: Counter[str] = field(default_factory=Counter)
     """What is odd, but refuses nothing."""
 
+    def told(self) -> dict[str, int | dict[str, int]]:
+        """As plain values."""
+        kinds = {"rejected": dict(self.rejected), "mended": dict(self.mended), "noted": dict(self.noted)}
+        return {"read": self.read, "taken": self.taken, **kinds}
+
     def __str__(self) -> str:
         found = [f"{self.read:,} read", f"{self.taken:,} taken"]
         found += [f"{number:,} rejected: {why}" for why, number in self.rejected.most_common()]

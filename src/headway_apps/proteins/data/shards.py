@@ -145,7 +145,7 @@ def sha256(path: Path) -> str:
     """Of a file, in constant memory."""
     found = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 16):
             found.update(block)
     return found.hexdigest()
 
@@ -224,8 +224,8 @@ class Part:
     def __iter__(self) -> Iterator[Record]:
         """One block's worth is in memory at a time."""
         for block in self._blocks:
-            for at in range(block.num_rows):
-                yield _record(block, at)
+            for name, description, sequence in zip(*(column.to_pylist() for column in block.columns), strict=True):
+                yield Record(name, sequence, description)
 
     def __getitem__(self, at: int) -> Record:
         block, row = self._place(at)
