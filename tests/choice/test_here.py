@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,3 +228,11 @@ def test_an_acquittal_is_seen_by_the_next_call(children: Any, monkeypatch: pytes
     first = here.here(torch.device("cpu"))
     here.probe(DEFECT, first, "cpu")
     assert DEFECT in here.here(torch.device("cpu")).acquitted
+
+
+def test_what_a_function_takes_is_read_without_importing_it() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert here._arguments("torch.nn.attention.varlen", "varlen_attn") == set(inspect.signature(varlen_attn).parameters)
+    assert here._arguments("torch.nn.attention.varlen", "no_such") == set()
+    assert here._arguments("torch.nn.attention.no_such", "varlen_attn") == set()

@@ -205,14 +205,8 @@ def test_diffusers_finds_the_shim_and_gives_its_own_answers() -> None:
     assert told.stdout.endswith("as without it\n"), told.stderr
 
 
-def test_the_page_about_it_runs() -> None:
+def test_what_the_page_about_it_lists_is_there() -> None:
     page = (Path(__file__).parents[2] / "docs" / "xformers.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    told = subprocess.run([sys.executable, "-c", "".join(blocks)], capture_output=True, text=True)
-    assert told.stdout.splitlines() == [
-        "xformers: Headway answers, as xformers is not installed",
-        "[(1, 5, 4, 32), (1, 1, 4, 32), (1, 9, 4, 32)]",
-    ], told.stderr
     for name in re.findall(r"`(?:fmha\.)?(\w+)`", page.split("## What there is")[1].split("What else")[0]):
         if name not in ("attn_bias", "materialize", "from_seqlens", "from_tensor_list", "split", "to"):
             assert any(hasattr(place, name) for place in (xops, xops.fmha)) or name == "output_dtype", name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+import importlib.abc
 import importlib.util
 import platform
 import shutil
+from typing import cast
 
 import torch
 
@@ -81,11 +84,8 @@ def features(kind: str) -> frozenset[str]:
     found = {name for name in ATEN if hasattr(torch.ops.aten, name)}
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is not None:
         found.add("flex")
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        if "window_size" in (varlen_attn.__annotations__ or {}):
-            found.add("varlen")
+    if "window_size" in _arguments("torch.nn.attention.varlen", "varlen_attn"):
+        found.add("varlen")
     if importlib.util.find_spec("triton") is not None:
         found.add("triton")
     if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
@@ -93,6 +93,14 @@ def features(kind: str) -> frozenset[str]:
     if kind == "cuda" and not torch.backends.cuda.is_flash_attention_available():
         found.discard("_scaled_dot_product_flash_attention")
     return frozenset(found)
+
+
+def _arguments(module: str, function: str) -> set[str]:
+    """What a function of a module takes, read from its source: importing this one takes seconds, for torch.compile."""
+    spec = importlib.util.find_spec(module)
+    source = None if spec is None else cast(importlib.abc.InspectLoader, spec.loader).get_source(module)
+    made = (node for node in ast.parse(source or "").body if isinstance(node, ast.FunctionDef))
+    return {each.arg for node in made if node.name == function for each in (*node.args.args, *node.args.kwonlyargs)}
 
 
 # -- kernel packages --------------------------------------------------------------------------------------------------

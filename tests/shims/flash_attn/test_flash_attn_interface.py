@@ -267,8 +267,16 @@ def test_dropout_of_0_draws_nothing() -> None:
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [((3, 3), (3, 3)), ((3, 0, 1, 5), (3, 0, 1, 5)), ((3, 1), (4, 2))], ids=str)
-@pytest.mark.parametrize("option", ["all, plain", "causal, plain", "causal, slopes"])
+@pytest.mark.parametrize(
+    "lengths, option",
+    [
+        (((3, 3), (3, 3)), "causal, slopes"),
+        (((3, 0, 1, 5), (3, 0, 1, 5)), "all, plain"),
+        (((3, 0, 1, 5), (3, 0, 1, 5)), "causal, plain"),
+        (((3, 1), (4, 2)), "causal, slopes"),
+    ],
+    ids=str,
+)
 def test_one_graph(lengths: tuple[tuple[int, ...], tuple[int, ...]], option: str) -> None:
     run, right = of_lengths("flash_attn_varlen_func", *lengths)
     tokens, kv_tokens = map(sum, lengths)
