@@ -269,7 +269,7 @@ class _Plans(dict[Any, Plan]):
             self.recent[ask] = ((guards.check, plan), *self.recent.get(ask, ())[:1])
 
     def replace(self, plan: Plan, other: Plan) -> None:
-        for key in [key for key, held in self.items() if held is plan]:
+        for key in [key for key, held in list(self.items()) if held is plan]:  # another thread may add
             self[key] = other
         self.recent.clear()
 
