@@ -69,8 +69,8 @@ def attention(
     q is (batch, heads, queries, head_dim); k and v are (batch, key heads, keys, head_dim), where several query heads
     may share one key head, and v may have a head size of its own.
 
-    - `mask`: a typed mask; see `headway.masks`. A query that may see nothing gives 0, and gradients of 0. What is hidden
-      must be finite too: to most kernels 0 times NaN is NaN, as it is to PyTorch.
+    - `mask`: a typed mask; see `headway.masks`. A query that may see nothing gives 0, and gradients of 0. What is
+      hidden must be finite too: to most kernels 0 times NaN is NaN, as it is to PyTorch.
     - `scale`: what scores are multiplied by; by default 1 / sqrt(head_dim).
     - `dropout`: share of attention weights dropped, now: pass 0 in evaluation.
     - `softcap`: bounds scores to ±softcap by tanh. `sinks`: one logit per head that takes weight and gives no value.
