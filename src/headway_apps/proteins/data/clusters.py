@@ -64,12 +64,12 @@ class _Index:
         """The 5-mers of one sequence."""
         return self.codes[self.starts[at] : self.starts[at + 1]]
 
-    def shared(self, codes: Ints) -> tuple[Ints, Ints]:
-        """Which sequences have some of these 5-mers, and how many."""
+    def shared(self, codes: Ints) -> Ints:
+        """How many of these 5-mers each sequence has."""
         sizes = self.first[codes + 1] - self.first[codes]
         before = np.cumsum(sizes) - sizes
         places = np.arange(sizes.sum()) + np.repeat(self.first[codes] - before, sizes)
-        return np.unique(self.posted[places], return_counts=True)
+        return np.bincount(self.posted[places], minlength=len(self.counts))
 
 
 def cluster(sequences: Sequence[str], likeness: Likeness, progress: Callable[[int], None] = lambda _: None) -> Ints:
@@ -88,9 +88,9 @@ def cluster(sequences: Sequence[str], likeness: Likeness, progress: Callable[[in
 
 
 def _like(index: _Index, codes: Ints, likeness: Likeness) -> Ints:
-    others, shared = index.shared(codes)
-    fewer = np.minimum(index.counts[others], len(codes))
-    return others[(shared >= likeness.at_least) & (shared >= likeness.part * fewer)]
+    shared = index.shared(codes)
+    fewer = np.minimum(index.counts, len(codes))
+    return np.flatnonzero((shared >= likeness.at_least) & (shared >= likeness.part * fewer))
 
 
 def _root(parent: Ints, at: int) -> int:
@@ -178,6 +178,5 @@ def leakage(train: Sequence[str], held_out: Sequence[str], likeness: Likeness) -
 
 
 def _nearest(index: _Index, codes: Ints, likeness: Likeness) -> tuple[float, bool]:
-    others, shared = index.shared(codes)
-    parts: Floats = shared / np.maximum(1, np.minimum(index.counts[others], len(codes)))
+    parts: Floats = index.shared(codes) / np.maximum(1, np.minimum(index.counts, len(codes)))
     return float(parts.max(initial=0.0)), len(_like(index, codes, likeness)) > 0

@@ -11,10 +11,12 @@ import json
 import os
 import secrets
 import shutil
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -214,12 +216,12 @@ class Part:
         """How often each letter occurs."""
         self._blocks = [block for shard in told["shards"] for block in _blocks(folder, shard)]
         self._views = [_buffers(block) for block in self._blocks]
-        self._starts = np.cumsum([0, *(block.num_rows for block in self._blocks)])
+        self._starts: list[int] = [0, *accumulate(block.num_rows for block in self._blocks)]
         if len(self) != told["sequences"]:
             raise DataError(f"got {len(self):,} sequences in {folder}, takes {told['sequences']:,}; prepare it again")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __iter__(self) -> Iterator[Record]:
         """One block's worth is in memory at a time."""
@@ -254,8 +256,8 @@ class Part:
     def _place(self, at: int) -> tuple[int, int]:
         if not 0 <= at < len(self):
             raise IndexError(f"got sequence {at} of {self.name}, takes 0 to {len(self) - 1}")
-        block = int(np.searchsorted(self._starts, at, side="right")) - 1
-        return block, at - int(self._starts[block])
+        block = bisect_right(self._starts, at) - 1
+        return block, at - self._starts[block]
 
 
 def _blocks(folder: Path, shard: dict[str, Any]) -> list[Any]:
