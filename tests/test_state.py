@@ -564,3 +564,23 @@ def test_a_call_like_the_last_makes_no_key(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2):
         attention(q, k, v)
         attention(q, *memory)
+
+
+def test_what_a_cuda_graph_records_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_recorded", lambda q: True)
+    q, k, v = draw(1, 2, 9, 16)
+    check(Call(q, k, v, mask=Window(2, 0)), learns=False)
+    assert not door._PLANS
+    assert not door._PLANS.recent
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["sdpa-efficient", "sdpa-math", "sdpa-cudnn"])
+def test_a_call_first_made_under_capture_does_not_poison_the_next(backend: str) -> None:
+    q, k, v = (x.half() for x in draw(1, 2, 64, 32, device="cuda"))
+    attention(q, k, v, backend=backend)  # a library may not be loaded under capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention(q, k, v, Window(2, 0), backend=backend)
+    check(Call(q, k, v, mask=Window(2, 0)), backend, learns=False)

@@ -113,11 +113,15 @@ def attention(
             q.device, k.device, v.device, q.requires_grad or k.requires_grad or v.requires_grad, ask,
         )  # fmt: skip
         found = _PLANS.get(key)  # held: another thread may empty them all
-        if found is None:
-            found = _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-            _PLANS[key] = found
-        plan = found
-        _PLANS.recall(ask, q, k, v, plan)
+        plan = (
+            _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
+            if found is None
+            else found
+        )
+        if not _recorded(q):
+            if found is None:
+                _PLANS[key] = plan
+            _PLANS.recall(ask, q, k, v, plan)
     try:
         if plain_options and plan.is_bare:  # as `run` does it, without what a call more would cost
             out, lse = plan.kernel.attend(q, k, v, plan.lowered, plan.extras)
@@ -289,6 +293,11 @@ def _bytes_of(lowered: Any) -> int:
 
 
 _PLANS = _Plans()
+
+
+def _recorded(q: Tensor) -> bool:
+    """Whether a CUDA graph records this call: then a mask lowered now holds nothing until the graph is replayed."""
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _plan(

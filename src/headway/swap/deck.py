@@ -67,7 +67,7 @@ class Case:
     empty: tuple[int, ...] = ()
     """Batch entries in which no query sees anything."""
     filler_from: int | None = None
-    """Keys and values of the last batch entry from here on are large numbers. Not NaN: 0 times that is NaN to PyTorch."""
+    """Keys and values of the last batch entry from here on are large. Not NaN: 0 times NaN is NaN to PyTorch."""
 
 
 CASES = (
