@@ -49,10 +49,12 @@ def one_at_a_time(qkv: Tensor, at: Tensor, fused: bool) -> Tensor:
     return torch.cat(parts)
 
 
-def on_cpu(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def on_cpu(common: dict[str, Any], only: str | None) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     ragged = torch.randint(30, 513, (32,), generator=generator).tolist()
     for lengths, what in (([512] * 32, "one length"), (ragged, "ragged")):
+        if only not in (None, what):
+            continue
         at, longest = starts(lengths, "cpu"), max(lengths)
         for grad in (False, True):
             qkv = torch.randn(sum(lengths), 3, 12, 64, requires_grad=grad)
@@ -139,11 +141,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
+    parser.add_argument("--lengths", choices=["one length", "ragged"], help="of sequences on CPU; both by default")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     common = about() | ({"commit": options.commit} if options.commit else {})
     with options.out.open("a") as file:
-        for row in on_cuda(common) if on_gpu else on_cpu(common):
+        for row in on_cuda(common) if on_gpu else on_cpu(common, options.lengths):
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(
