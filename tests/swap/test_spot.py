@@ -13,6 +13,8 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, seed, settings
+from test_fuzz import DRAWS, POLICY, Drawn, backends, calls
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from headway import Alibi, Bias, Causal, Documents, Mask, Padding, Prefix, Window, attention
 from headway.backends import reference, sdpa_flash, sdpa_math
 from headway.backends.kernel import Extras
-from headway.errors import SwapError
+from headway.errors import NoBackendError, SwapError
 from headway.sites.site import site_of
 from headway.swap import spot, swap
 
@@ -285,3 +287,24 @@ def test_a_device_without_float64_is_not_looked_at() -> None:
     assert not spot._real(q.to("meta"))
     described = SimpleNamespace(device=torch.device("mps"), is_meta=False)
     assert not spot._real(cast(Tensor, described))
+
+
+def test_right_calls_are_never_taken_for_wrong(device: str) -> None:
+    """Random calls, on every backend that takes them and is quick to try: an error here would stop somebody's run."""
+
+    @seed(0)
+    @settings(POLICY, max_examples=DRAWS // 10)
+    @given(calls(device))
+    def holds(drawn: Drawn) -> None:
+        call = drawn.call()
+        extras = Extras(scale=call.scale, softcap=call.softcap, sinks=call.sinks)
+        for name in set(backends(device, call)) - {"flex"}:
+            with torch.no_grad():
+                try:
+                    out = attention(call.q, call.k, call.v, backend=name, **{**call.options(), "return_lse": False})
+                except NoBackendError:
+                    continue
+                errors = spot._errors(call.q, call.k, call.v, call.mask, extras, out)
+            assert errors.passed, f"{name}: {errors}"
+
+    holds()
