@@ -1,0 +1,250 @@
+"""DiT: a transformer that is told the noise level and scores what each token was, after SEDD (Lou et al. 2023)."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, _assert_async, nn
+from torch.compiler import is_compiling
+from torch.utils.checkpoint import checkpoint
+
+import headway
+from headway import RequestError
+from headway_apps.proteins.model.config import DiTConfig
+from headway_apps.proteins.model.packed import Packed
+
+FREQUENCIES = 256
+"""Of the noise level: half cosines, half sines."""
+PERIOD = 10_000.0
+"""The longest period, of the noise level's sinusoids and of rotary positions alike."""
+LEAST_SIGMA = 1e-12
+"""Scores at less noise are as if it were this: at 0 nothing is masked, and the ratio of what is would be infinite."""
+
+
+class DiT(nn.Module):
+    """Log scores of every symbol at every token, given the noise level of each sequence.
+
+    `model(tokens, sigma_bar)` takes rows of one length, (B, L) with (B,). `model(tokens, sigma_bar, lengths)` takes
+    documents laid end to end, (T,) or (1, T), with (N,) levels and lengths, and gives each what it would get alone;
+    keep lengths on the host. The answer has the tokens' shape and a column for each scored symbol. It is in float32 at
+    least: log s(y), the ratio of the probabilities of y and of the token that stands there, whose own is 0.
+
+    >>> model = DiT(DiTConfig(width=32, blocks=1, heads=2, cond=8, embedded=33, scored=33, mask=32))
+    >>> tokens = torch.full((7,), 32)
+    >>> model(tokens, torch.tensor([0.5, 2.0]), torch.tensor([3, 4])).shape
+    torch.Size([7, 33])
+    """
+
+    checkpointing = False
+    """Whether to keep no activations inside blocks for the backward pass, but to compute them again."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.embedded, config.width)
+        self.time = TimeEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.head = Head(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Blocks that add nothing and scores of a guess, as in the original."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+            elif isinstance(module, Norm):
+                nn.init.ones_(module.weight)
+        bound = self.config.width**-0.5
+        nn.init.uniform_(self.embed.weight, -bound, bound)
+        for linear in (self.head.linear, self.head.modulation, *(cast(Block, b).modulation for b in self.blocks)):
+            for parameter in linear.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor, sigma_bar: Tensor, lengths: Tensor | Packed | None = None) -> Tensor:
+        packed = self.pack(tokens, lengths) if isinstance(lengths, Tensor) else lengths
+        self._check(tokens, sigma_bar, packed)
+        if packed is not None and packed.is_rows:
+            rows = tokens.reshape(packed.documents, packed.longest)
+            return self.forward(rows, sigma_bar).reshape(*tokens.shape, self.config.scored)
+        rows = tokens if packed is None else tokens.reshape(1, -1)
+        x = self.embed(rows)
+        told = self.time(sigma_bar)
+        positions = torch.arange(rows.shape[1], device=x.device) if packed is None else packed.positions
+        turns = rotations(positions, self.config.head_dim, _wide(x.dtype))
+        for block in self.blocks:
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(block, x, told, turns, packed, use_reentrant=False))
+            else:
+                x = block(x, told, turns, packed)
+        logits = self.head(x, told, packed)
+        scores = self._scores(logits.to(_wide(logits.dtype)), rows, sigma_bar, packed)
+        return scores.reshape(*tokens.shape, self.config.scored)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths have to be read
+    def pack(self, tokens: Tensor, lengths: Tensor) -> Packed:
+        """What `forward` makes of lengths, and takes in their place: given it, `torch.compile` makes one graph of all.
+
+        Call it under the autocast that the model will run under, as on it depends which kernels there are.
+        """
+        weight = self.embed.weight
+        heads, size = self.config.heads, self.config.head_dim
+        like = torch.empty(1, heads, 1, size, dtype=weight.dtype, device=weight.device)
+        like.requires_grad_(torch.is_grad_enabled())
+        return Packed.of(lengths, like.expand(1, heads, tokens.numel(), size))
+
+    def _scores(self, logits: Tensor, tokens: Tensor, sigma_bar: Tensor, packed: Packed | None) -> Tensor:
+        config = self.config
+        if config.scale_by_sigma:
+            guess = log_expm1(sigma_bar.to(logits.dtype)) + math.log(config.scored - config.scores_mask)
+            logits = logits - (guess[:, None] if packed is None else guess[packed.document][None])[..., None]
+        symbols = torch.arange(config.scored, device=tokens.device)
+        return logits.masked_fill(tokens[..., None] == symbols, 0.0)
+
+    def _check(self, tokens: Tensor, sigma_bar: Tensor, packed: Packed | None) -> None:
+        shape = list(tokens.shape)
+        if tokens.dtype != torch.int64:
+            raise RequestError(f"got tokens {tokens.dtype}, takes int64: ids are not rounded")
+        if packed is None and tokens.ndim != 2:
+            raise RequestError(f"got tokens {shape} without lengths, takes (B, L); give lengths for packed tokens")
+        if packed is not None and (tokens.ndim not in (1, 2) or tokens.shape[:-1].numel() != 1):
+            raise RequestError(f"got tokens {shape} with lengths, takes (T,) or (1, T): lay documents end to end")
+        if packed is not None and packed.document.shape[0] != tokens.numel():
+            raise RequestError(f"got documents of {packed.document.shape[0]} tokens for {tokens.numel()}, takes all")
+        count = tokens.shape[0] if packed is None else packed.documents
+        if sigma_bar.shape != (count,) or sigma_bar.dtype not in (torch.float32, torch.float64):
+            raise RequestError(
+                f"got sigma_bar {list(sigma_bar.shape)} {sigma_bar.dtype} for {count} sequences, takes one number each:"
+                f" float32 ({count},), as bfloat16 cannot tell levels apart"
+            )
+        known = (tokens >= 0) & (tokens < self.config.embedded)
+        _insist(known.all(), f"got a token out of range, takes ids from 0 to {self.config.embedded - 1}")
+        _insist((sigma_bar >= 0).all(), "got a sigma_bar below 0 or NaN, takes levels of 0 or more")
+
+
+class Block(nn.Module):
+    """Attention, then an MLP; the noise level shifts and scales what each reads, and gates what each adds."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, inner = config.width, config.mlp_ratio * config.width
+        self.heads, self.dropout, self.gelu = config.heads, config.dropout, config.gelu
+        self.attention_norm = Norm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = Norm(width)
+        self.mlp_in = nn.Linear(width, inner)
+        self.mlp_out = nn.Linear(inner, width)
+        self.modulation = nn.Linear(config.cond, 6 * width)
+
+    def forward(self, x: Tensor, told: Tensor, turns: tuple[Tensor, Tensor], packed: Packed | None) -> Tensor:
+        """x (B, L, width), or (1, T, width) if packed."""
+        shift, scale, gate, shift2, scale2, gate2 = at_tokens(self.modulation(told), packed).chunk(6, -1)
+        x = self._add(x, gate, self._attend(modulated(self.attention_norm(x), scale, shift).to(x.dtype), turns, packed))
+        return self._add(x, gate2, self._mlp(modulated(self.mlp_norm(x), scale2, shift2).to(x.dtype)))
+
+    def _attend(self, x: Tensor, turns: tuple[Tensor, Tensor], packed: Packed | None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, L, size)
+        q, k, v = qkv.unbind(2)
+        q, k = turned(q, turns), turned(k, turns)
+        out = headway.attention(q, k, v) if packed is None else packed.attend(q, k, v)
+        return cast(Tensor, self.out(out.transpose(1, 2).flatten(2)))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        approximate = "tanh" if self.gelu == "tanh" else "none"
+        return cast(Tensor, self.mlp_out(F.gelu(self.mlp_in(x), approximate=approximate)))
+
+    def _add(self, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+        return x + gate * F.dropout(branch, self.dropout, self.training)
+
+
+class Head(nn.Module):
+    """One column of logits for each scored symbol."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.shifts = config.final == "shift and scale"
+        self.norm = Norm(config.width)
+        self.linear = nn.Linear(config.width, config.scored, bias=config.head_bias)
+        self.modulation = nn.Linear(config.cond, (2 if self.shifts else 1) * config.width)
+
+    def forward(self, x: Tensor, told: Tensor, packed: Packed | None) -> Tensor:
+        modulation = at_tokens(self.modulation(told), packed)
+        shift, scale = modulation.chunk(2, -1) if self.shifts else (None, modulation)
+        return cast(Tensor, self.linear(modulated(self.norm(x), scale, shift).to(x.dtype)))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the noise level through a small MLP, outside of autocast: few numbers, told to all blocks."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.ends_in_silu = config.silu_after_time
+        self.inner = nn.Linear(FREQUENCIES, config.cond)
+        self.outer = nn.Linear(config.cond, config.cond)
+
+    def forward(self, sigma_bar: Tensor) -> Tensor:
+        dtype, half = self.inner.weight.dtype, FREQUENCIES // 2
+        steps = torch.arange(half, dtype=_wide(dtype), device=sigma_bar.device) * (-math.log(PERIOD) / half)
+        angles = sigma_bar.to(steps.dtype)[:, None] * steps.exp()
+        waves = torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
+        with torch.autocast(sigma_bar.device.type, enabled=False):
+            told = self.outer(F.silu(self.inner(waves)))
+        return F.silu(told) if self.ends_in_silu else told
+
+
+class Norm(nn.Module):
+    """LayerNorm without a bias, in float32 at least."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = _wide(x.dtype)
+        return F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide))
+
+
+def modulated(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """x (1 + scale) + shift, in x's dtype: 1 + scale in a narrower one would round the scale away."""
+    x = x + x * scale
+    return x if shift is None else x + shift
+
+
+def at_tokens(values: Tensor, packed: Packed | None) -> Tensor:
+    """(sequences, C) so that it meets (sequences, L, C), or the tokens of packed ones."""
+    return values[:, None] if packed is None else packed.spread(values)
+
+
+def rotations(positions: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (L, size / 2), that turn a head's pairs of features by their position."""
+    steps = torch.arange(0, size, 2, dtype=dtype, device=positions.device) * (-math.log(PERIOD) / size)
+    angles = positions.to(dtype)[:, None] * steps.exp()
+    return angles.cos(), angles.sin()
+
+
+def turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """x (..., L, size) with feature i and i + size / 2 turned as a pair, in float32 at least."""
+    cos, sin = turns
+    one, other = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((one * cos - other * sin, other * cos + one * sin), -1).to(x.dtype)
+
+
+def log_expm1(sigma: Tensor) -> Tensor:
+    """log(exp(sigma) - 1): neither 1 - 1 for a small sigma nor infinite for a large one; see LEAST_SIGMA."""
+    sigma = sigma.clamp_min(LEAST_SIGMA)
+    return sigma + torch.log(-torch.expm1(-sigma))
+
+
+def _insist(holds: Tensor, message: str) -> None:
+    """RequestError unless it holds; on CUDA and in compiled code an assertion there, so that nothing waits for it."""
+    if is_compiling() or holds.is_cuda:
+        _assert_async(holds, message)
+    elif not bool(holds):
+        raise RequestError(message)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

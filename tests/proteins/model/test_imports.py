@@ -1,0 +1,43 @@
+"""The network is imported and runs where packages that others need are absent, and changes nothing in the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from test_packaging import SETTINGS
+
+SRC = Path(__file__).parents[3] / "src"
+ABSENT = ("flash_attn", "triton", "xformers", "einops", "omegaconf", "wandb", "matplotlib", "seaborn")
+OURS = ("safetensors", "pyarrow", "numpy")
+"""Of the proteins extra, but not needed here."""
+
+RUN = f"""
+import sys
+sys.path.insert(0, {str(SRC)!r})
+sys.modules.update(dict.fromkeys({ABSENT!r}))
+{SETTINGS}
+fusers = lambda: (torch._C._jit_can_fuse_on_cpu(), torch._C._jit_can_fuse_on_gpu(),
+    torch._C._jit_texpr_fuser_enabled(), torch._C._get_graph_executor_optimize())
+flags, loaded = fusers(), set(sys.modules)
+import headway_apps.proteins.model.dit, headway_apps.proteins.model.presets
+print(*({OURS!r}[i] for i in range({len(OURS)}) if {OURS!r}[i] in set(sys.modules) - loaded))
+with torch.random.fork_rng():
+    model = headway_apps.proteins.model.dit.DiT(headway_apps.proteins.model.presets.preset(
+        "seed-24m", width=32, heads=2, blocks=1, cond=8))
+    model(torch.zeros(5, dtype=torch.long), torch.ones(2), torch.tensor([2, 3])).sum().backward()
+after = settings()
+assert not [(a, b) for a, b in zip(before, after) if a != b]
+assert fusers() == flags
+"""
+
+
+def test_it_runs_without_packages_of_others_and_sets_nothing_for_the_process() -> None:
+    """The original's import set four flags of PyTorch's fuser, and died where flash-attn was not."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], capture_output=True, text=True, check=False, cwd="/",
+        env={name: os.environ[name] for name in ("PATH", "HOME", "XDG_CACHE_HOME") if name in os.environ},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
