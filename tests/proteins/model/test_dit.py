@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from headway import MaskError, RequestError
+from headway_apps.proteins.model import dit as room
 from headway_apps.proteins.model.config import DiTConfig
-from headway_apps.proteins.model.dit import Block, DiT, log_expm1
+from headway_apps.proteins.model.dit import Block, DiT, log_expm1, rotations
 from headway_apps.proteins.model.packed import Packed
 
 SMALL = DiTConfig(width=32, blocks=2, heads=4, cond=8, embedded=13, scored=13, mask=12)
@@ -91,6 +92,15 @@ def test_one_document_tells_the_others_nothing(lengths: list[int]) -> None:
     before, after = (model(t, s, torch.tensor(lengths)) for t, s in ((tokens, sigma), (others_tokens, others_sigma)))
     assert bool((before[: lengths[0]] != after[: lengths[0]]).any(1).all())
     torch.testing.assert_close(before[lengths[0] :], after[lengths[0] :], rtol=0, atol=0)
+
+
+def test_positions_start_anew_in_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only differences of positions matter to attention, but angles of large ones are rounded more."""
+    seen: list[list[int]] = []
+    monkeypatch.setattr(room, "rotations", lambda at, *rest: (seen.append(at.tolist()), rotations(at, *rest))[1])
+    tokens, sigma = drawn(18, 4)
+    stirred()(tokens, sigma, torch.tensor(LENGTHS["ragged"]))
+    assert seen == [[0, 1, 2, 3, 4, 0, *range(9), 0, 1, 2]]
 
 
 def test_axes_of_packed_tokens_stay() -> None:

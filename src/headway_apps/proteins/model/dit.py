@@ -7,12 +7,12 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, _assert_async, nn
-from torch.compiler import is_compiling
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import headway
 from headway import RequestError
+from headway_apps.proteins.diffusion.given import insist
 from headway_apps.proteins.model.config import DiTConfig
 from headway_apps.proteins.model.packed import Packed
 
@@ -120,8 +120,8 @@ class DiT(nn.Module):
                 f" float32 ({count},), as bfloat16 cannot tell levels apart"
             )
         known = (tokens >= 0) & (tokens < self.config.embedded)
-        _insist(known.all(), f"got a token out of range, takes ids from 0 to {self.config.embedded - 1}")
-        _insist((sigma_bar >= 0).all(), "got a sigma_bar below 0 or NaN, takes levels of 0 or more")
+        insist(known.all(), f"got a token out of range, takes ids from 0 to {self.config.embedded - 1}")
+        insist((sigma_bar >= 0).all(), "got a sigma_bar below 0 or NaN, takes levels of 0 or more")
 
 
 class Block(nn.Module):
@@ -236,14 +236,6 @@ def log_expm1(sigma: Tensor) -> Tensor:
     """log(exp(sigma) - 1): neither 1 - 1 for a small sigma nor infinite for a large one; see LEAST_SIGMA."""
     sigma = sigma.clamp_min(LEAST_SIGMA)
     return sigma + torch.log(-torch.expm1(-sigma))
-
-
-def _insist(holds: Tensor, message: str) -> None:
-    """RequestError unless it holds; on CUDA and in compiled code an assertion there, so that nothing waits for it."""
-    if is_compiling() or holds.is_cuda:
-        _assert_async(holds, message)
-    elif not bool(holds):
-        raise RequestError(message)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
