@@ -13,7 +13,7 @@ from torch import Tensor
 from headway import RequestError
 from headway_apps.proteins.diffusion.bound import Bound, masked_bound, noise_bound
 from headway_apps.proteins.diffusion.graphs import Absorbing, Uniform
-from headway_apps.proteins.diffusion.schedules import Geometric, LogLinear
+from headway_apps.proteins.diffusion.schedules import Cosine, Geometric, LogLinear
 
 MASKS, JUMPS, SCHEDULE = Absorbing(4, mask=3), Uniform(4, ids=(0, 1, 2)), LogLinear()
 ESM = Absorbing(33, mask=32, ids=tuple(range(4, 24)))
@@ -121,6 +121,20 @@ def test_the_noise_bound_at_the_truth_is_the_cost_for_either_graph(kind: str, sc
     assert bound.prior == graph.prior_term(schedule.sigma_bar_at_end) < 0.01
 
 
+def test_the_prior_term_makes_up_for_a_schedule_that_ends_early() -> None:
+    """To know nothing costs the logarithm of the choices whether or not noise covers all of it."""
+    short = Cosine(0.8, reaches=0.5)
+    tokens = torch.randint(4, 24, (200, 30), generator=rng())
+
+    def nothing(noised: Tensor, sigma_bar: Tensor, lengths: Tensor | None) -> Tensor:
+        return (-math.log(20) - torch.expm1(sigma_bar.double()).log())[:, None, None].expand(200, 30, 33)
+
+    bound = noise_bound(nothing, ESM, short, tokens, index=torch.arange(200), seed=0, draws=8)
+    assert bound.prior == pytest.approx((1 - short.jumped_at_end) * math.log(20))
+    assert bound.per_residue == pytest.approx(math.log(20), abs=4 * bound.standard_error)
+    assert bound.standard_error < 0.05 < bound.prior
+
+
 def test_the_two_bounds_agree_on_a_wrong_model() -> None:
     tokens = torch.randint(4, 24, (1000, 6), generator=rng())
 
@@ -213,6 +227,7 @@ def test_levels_told_follow_the_number_masked() -> None:
     tokens = torch.full((count, length), 9)
     masked_bound(watching, ESM, SCHEDULE, tokens, index=torch.arange(count), seed=0)
     number, share = told[0]
+    assert 0.9989 < float(share.max()) <= SCHEDULE.jumped_at_end + 1e-7  # some would be beyond what noise ends with
     counts = torch.bincount(number, minlength=length + 1)[1:] / count
     assert distance(counts.double(), torch.full((length,), 1 / length, dtype=torch.float64)) < 0.02
     for k in range(1, length + 1):

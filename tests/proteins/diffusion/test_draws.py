@@ -9,7 +9,7 @@ import torch
 from known_sources import p_of_fit, rng
 
 from headway import RequestError
-from headway_apps.proteins.diffusion.draws import categorical, uniform
+from headway_apps.proteins.diffusion.draws import categorical, doubled, uniform
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -22,6 +22,7 @@ def test_choices_come_as_often_as_their_weights_say(dtype: torch.dtype) -> None:
 
 def test_choices_are_made_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """One number in 2**50 decides, which float32 does not have."""
+    assert doubled(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float64
     home = "headway_apps.proteins.diffusion.draws.uniform"
     close = torch.tensor([[0.5, 0.5 + 2.0**-50], [0.5 + 2.0**-50, 0.5]], dtype=torch.float64)
     monkeypatch.setattr(home, lambda like, generator: close)

@@ -48,6 +48,13 @@ def test_float32_is_as_good_as_float32_can_be(schedule: Schedule) -> None:
         )
 
 
+@pytest.mark.parametrize("eps", [1e-3, 1e-5])
+def test_log_linear_noise_keeps_every_digit_up_to_the_end(eps: float) -> None:
+    t = (1 - torch.logspace(-7, -1, 40)).float()
+    for function in (LogLinear(eps=eps).sigma_bar, LogLinear(eps=eps).rate):
+        torch.testing.assert_close(function(t).double(), function(t.double()), rtol=1e-6, atol=0)
+
+
 def test_the_formulas_are_the_published_ones() -> None:
     t = TIMES
     jumped = 1 - torch.exp(-LogLinear(eps=1e-3).sigma_bar(t))

@@ -148,7 +148,7 @@ class Absorbing(Graph):
     def entropy(self, log_score: Tensor, sigma_bar: Tensor, noised: Tensor, clean: Tensor) -> Tensor:
         # The true ratio is r = 1 / (exp(sigma_bar) - 1) for the clean id, and 0 for the others.
         masked = noised == self.mask
-        log_r = -log_expm1(torch.where(masked, sigma_bar, 1.0))  # at sigma_bar 0 nothing is masked, and r is infinite
+        log_r = -log_expm1(sigma_bar)  # infinite at 0, where nothing is masked: no number or gradient comes of that
         log_score = super().restrict(torch.where(masked[..., None], log_score, 0.0), self.ids)
         of_truth = log_score.gather(-1, clean[..., None]).squeeze(-1)
         return torch.where(masked, log_score.exp().sum(-1) - log_r.exp() * (1 + of_truth - log_r), 0.0)

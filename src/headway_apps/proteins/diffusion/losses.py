@@ -32,9 +32,8 @@ def dwdse(
     `sigma_bar` and `rate` are one number a token or one a sequence, those that the tokens were noised at.
     """
     given = _Given.of(graph, log_score, noised, clean, free)
-    level = given.at_free(per_token(sigma_bar, clean), 1.0)
-    entropy = graph.entropy(given.log_score, level, given.noised, given.clean)
-    return given.at_free(given.at_free(per_token(rate, clean, "rate"), 1.0) * entropy, 0.0)
+    entropy = graph.entropy(given.log_score, per_token(sigma_bar, clean), given.noised, given.clean)
+    return torch.where(given.free, per_token(rate, clean, "rate") * entropy, 0.0)
 
 
 def cross_entropy(
@@ -50,7 +49,7 @@ def cross_entropy(
     masked = given.free & (given.noised == graph.mask)
     log_clean = graph.log_clean(torch.where(masked[..., None], given.log_score, 0.0))
     nats = -log_clean.gather(-1, given.clean[..., None]).squeeze(-1)
-    return torch.where(masked, given.at_free(per_token(weight, clean, "weight"), 1.0) * nats, 0.0)
+    return torch.where(masked, per_token(weight, clean, "weight") * nats, 0.0)
 
 
 def per_residue(loss: Tensor, free: Tensor | None = None) -> Tensor:
@@ -60,7 +59,7 @@ def per_residue(loss: Tensor, free: Tensor | None = None) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Given:
-    """The arguments of a loss, checked. Sites that are not free hold numbers from which no NaN can come."""
+    """The arguments of a loss, checked. Sites that are not free hold an id, and scores that pass no gradient on."""
 
     log_score: Tensor
     noised: Tensor
@@ -79,6 +78,3 @@ class _Given:
         )
         noised, clean = (torch.where(free, tokens, graph.ids[0]) for tokens in (noised, clean))
         return cls(torch.where(free[..., None], log_score, 0.0), noised, clean, free)
-
-    def at_free(self, values: Tensor, elsewhere: float) -> Tensor:
-        return torch.where(self.free, values, elsewhere)
