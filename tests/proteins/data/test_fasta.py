@@ -134,6 +134,14 @@ def test_rejects_and_counts(given: str, why: str) -> None:
     assert (counts.read, counts.taken, dict(counts.rejected)) == (1, 0, {why: 1})
 
 
+@pytest.mark.parametrize("byte", [b"\xe9", b"\xdf", b"\x00", b"\xc3\x9f"])
+def test_a_foreign_byte_in_a_file_is_counted_and_not_lost(byte: bytes, tmp_path: Path) -> None:
+    (tmp_path / "odd.fa").write_bytes(b">a\nMKT" + byte + b"AYI\n>b\nMKT\n")
+    counts = Counts()
+    assert [each.sequence for each in clean(read(tmp_path / "odd.fa"), ANY_LENGTH, counts)] == ["MKT"]
+    assert dict(counts.rejected) == {"not amino acids": 1}
+
+
 def test_lengths_outside_the_rules_are_rejected_and_never_cut() -> None:
     rng = np.random.default_rng(0)
     sequences = [protein(rng, length) for length in (29, 30, 510, 511)]
