@@ -60,7 +60,7 @@ def test_a_model_that_knows_its_source_costs_what_each_sequence_does(source: Sou
 
 def expected_cost(source: Source, tokens: Tensor, power: float) -> float:
     """The bound as an integral, by quadrature: of a model that is wrong by a power that depends on the noise."""
-    share = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    share = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     total = torch.zeros_like(share)
     for which in itertools.product([False, True], repeat=source.sites):
         masked = torch.tensor(which)
@@ -86,7 +86,7 @@ def test_the_bound_of_a_model_that_is_told_its_noise_is_the_integral_over_it(pow
         share = -torch.expm1(-sigma_bar.double())
         return source.clean_probability(noised).log() * (power * share)[:, None, None]
 
-    count = 5000
+    count = 3000
     bound = masked_bound(wrong, MASKS, SCHEDULE, tokens.repeat(count, 1), index=torch.arange(count), seed=0)
     nats = torch.tensor(bound.nats, dtype=torch.float64)
     error = float(nats.std()) / math.sqrt(count)

@@ -179,6 +179,16 @@ def test_shapes_that_do_not_fit_raise(graph: Graph, loss: Callable[..., Tensor])
             loss(draw)
 
 
+@each_loss
+def test_a_loss_is_one_graph_for_the_compiler(graph: Graph, loss: Callable[..., Tensor]) -> None:
+    draw = Draw(graph, shape=(3, 8))
+    compiled = torch.compile(functools.partial(loss, draw), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(draw.log_score), loss(draw))
+    with torch.inference_mode():
+        loss(draw)
+    loss(draw, draw.log_score.requires_grad_()).sum().backward()  # what inference kept does not stand in the way
+
+
 def test_uniform_noise_has_no_cross_entropy() -> None:
     draw = Draw(GRAPHS[2])
     with pytest.raises(RequestError, match="got Uniform; takes Absorbing.*use dwdse"):

@@ -86,7 +86,7 @@ def test_what_is_drawn_is_what_the_steps_say() -> None:
 
 @pytest.mark.parametrize("source", [table(3), markov(4)], ids=["table", "markov"])
 def test_first_hitting_is_exact_in_as_many_calls_as_sites(source: Source) -> None:
-    count = 30_000
+    count = 15_000
     tokens = torch.zeros(count, source.sites, dtype=torch.int64)
     drawn = FirstHitting().sample(source.masks_model, MASKS, SCHEDULE, tokens, generator=rng(2))
     index = drawn.tokens @ torch.tensor([3**i for i in reversed(range(source.sites))])

@@ -28,10 +28,13 @@ class Graph(abc.ABC):
     """Columns of the log scores."""
     ids: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
     """What a free site may hold when it is clean; where none are given, every column but the mask."""
+    columns: tuple[bool, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    """Which columns are `ids`: told by truth values, as the compiler takes numbers that differ for unknown ones."""
 
     def __post_init__(self) -> None:
         if len(set(self.ids)) != len(self.ids) or not all(0 <= i < self.size for i in self.ids):
             raise RequestError(f"got ids {self.ids}; takes different ids from 0 to {self.size - 1}")
+        object.__setattr__(self, "columns", tuple(column in self.ids for column in range(self.size)))
 
     @property
     def states(self) -> int:
@@ -41,13 +44,13 @@ class Graph(abc.ABC):
     def holds(self, tokens: Tensor) -> Tensor:
         """Which tokens are among `ids`."""
         inside = (tokens >= 0) & (tokens < self.size)
-        return inside & among(self.ids, self.size, tokens.device)[tokens.clamp(0, self.size - 1)]
+        return inside & constant(self.columns, tokens.device)[tokens.clamp(0, self.size - 1)]
 
     def must_hold(self, tokens: Tensor, free: Tensor) -> None:
         insist(
             (self.holds(tokens) | ~free).all(),
-            f"got a token at a free site that is none of the graph's ids {self.ids}; takes those alone: padding,"
-            " boundaries and masks are not free",
+            "got a token at a free site that is none of the graph's ids; takes those alone: padding, boundaries and"
+            " masks are not free",
         )
 
     def perturb(
@@ -61,8 +64,8 @@ class Graph(abc.ABC):
         return torch.where(free & jumped, self.noise(tokens, generator, self.ids), tokens)
 
     def restrict(self, log_score: Tensor, allowed: tuple[int, ...]) -> Tensor:
-        """Log scores of which nothing but `allowed` can come."""
-        return log_score.masked_fill(~among(allowed, self.size, log_score.device), -math.inf)
+        """Log scores of which nothing but `allowed`, some of `ids`, can come."""
+        return only(log_score, tuple(column in allowed for column in range(self.size)))
 
     @abc.abstractmethod
     def noise(self, tokens: Tensor, generator: torch.Generator, allowed: tuple[int, ...]) -> Tensor:
@@ -138,18 +141,18 @@ class Absorbing(Graph):
 
     def restrict(self, log_score: Tensor, allowed: tuple[int, ...]) -> Tensor:
         """What others had goes to `allowed` in proportion, so that sites are revealed as fast as before."""
-        every, kept = (super(Absorbing, self).restrict(log_score, ids) for ids in (self.ids, allowed))
+        every, kept = only(log_score, self.columns), super().restrict(log_score, allowed)
         return kept + (every.logsumexp(-1, keepdim=True) - kept.logsumexp(-1, keepdim=True))
 
     def log_clean(self, log_score: Tensor) -> Tensor:
         """Log probabilities (..., size) of what a masked site holds: its log scores but for one constant."""
-        return super().restrict(log_score, self.ids).log_softmax(-1)
+        return only(log_score, self.columns).log_softmax(-1)
 
     def entropy(self, log_score: Tensor, sigma_bar: Tensor, noised: Tensor, clean: Tensor) -> Tensor:
         # The true ratio is r = 1 / (exp(sigma_bar) - 1) for the clean id, and 0 for the others.
         masked = noised == self.mask
         log_r = -log_expm1(sigma_bar)  # infinite at 0, where nothing is masked: no number or gradient comes of that
-        log_score = super().restrict(torch.where(masked[..., None], log_score, 0.0), self.ids)
+        log_score = only(torch.where(masked[..., None], log_score, 0.0), self.columns)
         of_truth = log_score.gather(-1, clean[..., None]).squeeze(-1)
         return torch.where(masked, log_score.exp().sum(-1) - log_r.exp() * (1 + of_truth - log_r), 0.0)
 
@@ -174,7 +177,7 @@ class Absorbing(Graph):
 
     def _of_ids(self, log_score: Tensor) -> Tensor:
         """A column a state: the log scores of `ids`, and -inf elsewhere."""
-        return F.pad(super().restrict(log_score, self.ids), (0, self.states - self.size), value=-math.inf)
+        return F.pad(only(log_score, self.columns), (0, self.states - self.size), value=-math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +191,7 @@ class Uniform(Graph):
 
     def noise(self, tokens: Tensor, generator: torch.Generator, allowed: tuple[int, ...]) -> Tensor:
         numbers = uniform(tokens, generator)
-        return torch.tensor(allowed, device=numbers.device)[(numbers * len(allowed)).long()].to(tokens.device)
+        return constant(allowed, numbers.device)[(numbers * len(allowed)).long()].to(tokens.device)
 
     def reaches(self, noised: Tensor, clean: Tensor) -> Tensor:
         return self.holds(noised)
@@ -199,7 +202,7 @@ class Uniform(Graph):
         log_rho = -torch.log1p(count * torch.exp(-log_expm1(sigma_bar.clamp_min(1e-20))))[..., None]
         stayed, true = (noised == clean)[..., None], is_state(clean, self.size)
         log_ratio = torch.where(stayed, log_rho, torch.where(true, -log_rho, 0.0))
-        others = among(self.ids, self.size, noised.device) & ~is_state(noised, self.size)
+        others = constant(self.columns, noised.device) & ~is_state(noised, self.size)
         log_score = torch.where(others, log_score, 0.0)
         ratio = log_ratio.exp()
         gaps = (log_score.exp() - ratio) - ratio * (log_score - log_ratio)
@@ -213,7 +216,7 @@ class Uniform(Graph):
 
     def transition(self, tokens: Tensor, sigma: Tensor) -> Tensor:
         stays = torch.exp(-per_token(sigma, tokens))[..., None]
-        evenly = among(self.ids, self.size, tokens.device) / len(self.ids)
+        evenly = constant(self.columns, tokens.device) / len(self.ids)
         return stays * is_state(tokens, self.size) + (1 - stays) * evenly
 
     def reverse_rate(self, tokens: Tensor, log_score: Tensor) -> Tensor:
@@ -229,13 +232,13 @@ class Uniform(Graph):
 
     def _score(self, tokens: Tensor, log_score: Tensor) -> Tensor:
         """Scores of `ids`, that of a site's own state being 1."""
-        score = super().restrict(log_score, self.ids).exp()
+        score = only(log_score, self.columns).exp()
         return torch.where(is_state(tokens, self.size), 1.0, score)
 
 
-def among(ids: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """Which of `size` columns are `ids`."""
-    return _among(ids, size, device) if is_compiling() else _among_kept(ids, size, device)
+def only(log_score: Tensor, columns: tuple[bool, ...]) -> Tensor:
+    """Log scores of these columns, and -inf in the others."""
+    return log_score.masked_fill(~constant(columns, log_score.device), -math.inf)
 
 
 def is_state(tokens: Tensor, states: int) -> Tensor:
@@ -248,9 +251,14 @@ def log_expm1(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """A tensor of them, copied to a device once, as a copy waits for it."""
+    return _constant(values, device) if is_compiling() else _constant_kept(values, device)
+
+
 @torch.inference_mode(False)  # kept for calls that need gradients
-def _among(ids: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    return torch.tensor([column in ids for column in range(size)], device=device)
+def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
-_among_kept = functools.lru_cache(maxsize=64)(_among)  # a copy to a GPU waits
+_constant_kept = functools.lru_cache(maxsize=64)(_constant)

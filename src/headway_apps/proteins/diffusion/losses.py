@@ -74,7 +74,7 @@ class _Given:
         graph.must_hold(clean, free)
         insist(
             (graph.reaches(noised, clean) | ~free).all(),
-            f"got noised tokens that {graph} cannot have made of the clean ones; takes what its perturb gave",
+            "got noised tokens that the graph cannot have made of the clean ones; takes what its perturb gave",
         )
         noised, clean = (torch.where(free, tokens, graph.ids[0]) for tokens in (noised, clean))
         return cls(torch.where(free[..., None], log_score, 0.0), noised, clean, free)
