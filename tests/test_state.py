@@ -567,11 +567,14 @@ def test_a_call_like_the_last_makes_no_key(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_a_cuda_graph_records_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_recorded", lambda q: True)
+    monkeypatch.setattr(door, "is_recorded", lambda device: True)
     q, k, v = draw(1, 2, 9, 16)
     check(Call(q, k, v, mask=Window(2, 0)), learns=False)
     assert not door._PLANS
     assert not door._PLANS.recent
+    held = Padding(torch.tensor([5]))
+    check(Call(q, k, v, mask=held), learns=False)
+    assert not [at for at in held.memo if isinstance(at, tuple) and at[0] == "lowered"]
 
 
 @pytest.mark.cuda

@@ -26,6 +26,7 @@ from headway.limits.machine import Machine
 from headway.limits.request import CONTRACTS, Request, length_class
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
+from headway.masks.memo import is_recorded
 from headway.masks.terms import rows_may_be_empty, terms
 
 ENVIRONMENT = "HEADWAY_BACKEND"
@@ -113,12 +114,8 @@ def attention(
             q.device, k.device, v.device, q.requires_grad or k.requires_grad or v.requires_grad, ask,
         )  # fmt: skip
         found = _PLANS.get(key)  # held: another thread may empty them all
-        plan = (
-            _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
-            if found is None
-            else found
-        )
-        if not _recorded(q):
+        plan = found or _plan(q, k, v, mask, scale, dropout, softcap, sinks, backend, require, return_lse)
+        if not is_recorded(q.device):  # a mask lowered now would hold nothing yet
             if found is None:
                 _PLANS[key] = plan
             _PLANS.recall(ask, q, k, v, plan)
@@ -241,7 +238,9 @@ class Plan:
         if found is None or found[0] != state:
             with torch.inference_mode(False):
                 # Holding the tensors keeps their ids theirs.
-                found = mask.memo[at] = (state, tensors, self.kernel.lower(mask, self.frame, dtype))
+                found = (state, tensors, self.kernel.lower(mask, self.frame, dtype))
+            if not is_recorded(self.frame.device):
+                mask.memo[at] = found
         return found[2]
 
 
@@ -293,11 +292,6 @@ def _bytes_of(lowered: Any) -> int:
 
 
 _PLANS = _Plans()
-
-
-def _recorded(q: Tensor) -> bool:
-    """Whether a CUDA graph records this call: then a mask lowered now holds nothing until the graph is replayed."""
-    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _plan(

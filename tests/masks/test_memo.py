@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from headway.masks import Alibi, Bias, Causal, Documents, Frame, Padding, Prefix, Tree
+from headway.masks import Alibi, Bias, Causal, Documents, Frame, Padding, Prefix, Tree, memo
 from headway.masks.memo import Bounded, Remembers, kept
+from headway.sites import packed
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -36,6 +37,20 @@ def test_what_is_fake_is_not_kept_and_meets_nothing_kept() -> None:
     assert type(kept(store, "what", CPU, two)[0]) is torch.Tensor
     with FakeTensorMode():
         assert type(kept(store, "what", CPU, two)[0]) is not torch.Tensor
+
+
+def test_what_a_cuda_graph_records_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds nothing until the graph is replayed. One look says so to all that keep anything."""
+    store, owner, other = {}, torch.zeros(3), torch.zeros(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(memo, "is_recorded", lambda device: True)
+        kept(store, "what", CPU, two)
+        recorded = packed.kept(owner, other, None, CPU, (), object)
+        assert packed.kept(owner, other, None, CPU, (), object) is not recorded
+    assert store == {}
+    eager = packed.kept(owner, other, None, CPU, (), object)
+    assert eager is not recorded
+    assert packed.kept(owner, other, None, CPU, (), object) is eager
 
 
 def test_inference_mode_keeps_its_own() -> None:

@@ -22,19 +22,27 @@ def is_traced() -> bool:
     )
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Whether a CUDA graph records what runs now: tensors made here hold nothing until it is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def lasts(device: torch.device) -> bool:
+    """Whether tensors made now are worth keeping: a tracer's are not, nor what a CUDA graph only records."""
+    return not (is_traced() or is_recorded(device))
+
+
 def kept(
     store: dict[Any, Any], what: Hashable, device: torch.device, make: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """What `make` makes for `device`: from `store`, if it was made before.
 
-    Kept is only what outlives the moment. A tracer's tensors do not, nor do those that a CUDA graph records: they
-    hold nothing until the graph runs. Those of inference mode are of no use to a backward pass, and are kept apart.
-    Nor may a tracer be given what was kept before it came.
+    Kept is only what outlives the moment. Tensors of inference mode are of no use to a backward pass, and are kept
+    apart. Nor may a tracer be given what was kept before it came.
     """
-    on_cuda = device.type == "cuda"
-    if is_traced() or (on_cuda and torch.cuda.is_current_stream_capturing()):
+    if not lasts(device):
         return make()
-    index = torch.cuda.current_device() if on_cuda and device.index is None else device.index
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     at = (what, device.type, index, torch.is_inference_mode_enabled())
     found: tuple[Tensor, ...] | None = store.get(at)
     if found is None:

@@ -314,4 +314,4 @@ def _blocks(bias: Any, q: Tensor, k: Tensor) -> Mask:
         return within(Documents(q_lengths, k_lengths), left, right, align, q)
 
     state = (q_starts, k_starts, left, right)
-    return kept(bias, bias.k_seqinfo, state, (q.shape[2], k.shape[2], q.device), make)
+    return kept(bias, bias.k_seqinfo, state, q.device, (q.shape[2], k.shape[2]), make)

@@ -27,7 +27,7 @@ from headway.masks import Alibi, Bias, Causal, Documents, Mask, Padding, Predica
 from headway.masks.base import shape_of
 from headway.masks.causal import Align
 from headway.masks.documents import Packing
-from headway.masks.memo import Remembers, is_traced
+from headway.masks.memo import Remembers, lasts
 
 Made = TypeVar("Made")
 
@@ -149,7 +149,7 @@ def packing(
 ) -> Packing:
     """Cumulative lengths, checked; once for all layers that are given the same tensor. A total of None is any."""
     longest = int(longest) if isinstance(longest, Tensor) else longest  # a tracer's number must stay its own
-    if not _lasts(device) or starts.is_inference():  # which does not tell when it changes
+    if not lasts(device) or starts.is_inference():  # which does not tell when it changes
         return _packing(name, starts, total, longest, device)
     known = _PACKINGS.get(starts)
     if known is None or known[0] != starts._version:
@@ -486,14 +486,16 @@ _MASKS: Any = WeakIdKeyDictionary()
 """By a tensor or a bias, the last masks made of it."""
 
 
-def kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callable[[], Made]) -> Made:
-    """What `make` makes of two things, again only once they have changed."""
-    if is_traced():  # which makes it anew, and what it makes does not last
+def kept(
+    anchor: Any, other: Any, state: Any, device: torch.device, at: tuple[Any, ...], make: Callable[[], Made]
+) -> Made:
+    """What `make` makes of two things for `device`, again only once they have changed."""
+    if not lasts(device):
         return make()
     known = _MASKS.get(anchor)
     if known is None or known[0]() is not other or known[1] != state:
         known = _MASKS[anchor] = weakref.ref(other), state, {}
-    at = (*at, torch.is_inference_mode_enabled())
+    at = (*at, device, torch.is_inference_mode_enabled())
     if at not in known[2]:
         known[2][at] = make()
     return cast(Made, known[2][at])
@@ -502,14 +504,9 @@ def kept(anchor: Any, other: Any, state: Any, at: tuple[Any, ...], make: Callabl
 def remembered(owner: Remembers, what: Hashable, make: Callable[[], Made]) -> Made:
     """What `make` makes of `owner`, once; nobody's tensors are kept by it but those of `owner`."""
     device = next(x.device for x in vars(owner).values() if isinstance(x, Tensor))
-    if not _lasts(device):
+    if not lasts(device):
         return make()
     at = (what, torch.is_inference_mode_enabled())
     if at not in owner.memo:
         owner.memo[at] = make()
     return cast(Made, owner.memo[at])
-
-
-def _lasts(device: torch.device) -> bool:
-    """Whether tensors made now are worth keeping: a tracer's are not, nor what a CUDA graph only records."""
-    return not (is_traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()))

@@ -16,7 +16,7 @@ from headway.choice.choose import Decision
 from headway.errors import SwapError
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
-from headway.masks.memo import is_traced
+from headway.masks.memo import is_recorded, is_traced
 from headway.sites.site import Ticket
 from headway.swap.judge import Errors, errors_of
 from headway.watch.apart import apart
@@ -60,7 +60,7 @@ def _may_wait(decision: Decision, out: Tensor) -> bool:
     if out.device.type != "cuda":
         return True
     forbidden = "no-sync" in decision.request.require or torch.cuda.get_sync_debug_mode()
-    return not forbidden and not torch.cuda.is_current_stream_capturing()
+    return not forbidden and not is_recorded(out.device)
 
 
 def _errors(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, extras: Extras, out: Tensor) -> Errors:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from headway import MaskError, RequestError
+from headway_apps.proteins.diffusion.graphs import log_expm1
 from headway_apps.proteins.model import dit as room
 from headway_apps.proteins.model.config import DiTConfig
-from headway_apps.proteins.model.dit import Block, DiT, log_expm1, rotations
+from headway_apps.proteins.model.dit import Block, DiT, rotations
 from headway_apps.proteins.model.packed import Packed
 
 SMALL = DiTConfig(width=32, blocks=2, heads=4, cond=8, embedded=13, scored=13, mask=12)

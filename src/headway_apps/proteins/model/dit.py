@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import headway
 from headway import RequestError
 from headway_apps.proteins.diffusion.given import insist
+from headway_apps.proteins.diffusion.graphs import log_expm1
 from headway_apps.proteins.model.config import DiTConfig
 from headway_apps.proteins.model.packed import Packed
 
@@ -98,7 +99,9 @@ class DiT(nn.Module):
     def _scores(self, logits: Tensor, tokens: Tensor, sigma_bar: Tensor, packed: Packed | None) -> Tensor:
         config = self.config
         if config.scale_by_sigma:
-            guess = log_expm1(sigma_bar.to(logits.dtype)) + math.log(config.scored - config.scores_mask)
+            guess = log_expm1(sigma_bar.to(logits.dtype).clamp_min(LEAST_SIGMA)) + math.log(
+                config.scored - config.scores_mask
+            )
             logits = logits - (guess[:, None] if packed is None else guess[packed.document][None])[..., None]
         symbols = torch.arange(config.scored, device=tokens.device)
         return logits.masked_fill(tokens[..., None] == symbols, 0.0)
@@ -230,12 +233,6 @@ def turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = turns
     one, other = x.to(cos.dtype).chunk(2, -1)
     return torch.cat((one * cos - other * sin, other * cos + one * sin), -1).to(x.dtype)
-
-
-def log_expm1(sigma: Tensor) -> Tensor:
-    """log(exp(sigma) - 1): neither 1 - 1 for a small sigma nor infinite for a large one; see LEAST_SIGMA."""
-    sigma = sigma.clamp_min(LEAST_SIGMA)
-    return sigma + torch.log(-torch.expm1(-sigma))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

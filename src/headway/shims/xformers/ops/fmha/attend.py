@@ -12,7 +12,7 @@ from torch import Tensor
 from headway.errors import HeadwayError, RequestError
 from headway.masks import Documents, Mask
 from headway.masks.documents import Packing
-from headway.masks.memo import is_traced
+from headway.masks.memo import lasts
 from headway.shims.insist import insist
 from headway.shims.plain import Plain, decision
 from headway.shims.xformers.ops.fmha.attn_bias import AttentionBias, _Blocks, _KeysWithGaps
@@ -128,7 +128,7 @@ def _in_blocks(door: Attends, q: Tensor, k: Tensor, v: Tensor, bias: _Blocks, in
     def make() -> Mask:
         return within(Documents.packed(queries, others), left, right, "upper-left", q)
 
-    mask = kept(queries, others, None, ("upper-left", left, right, q.device), make)
+    mask = kept(queries, others, None, q.device, ("upper-left", left, right), make)
     out, *lse = answered(door, q, k, v, mask, wanted)
     return (out.squeeze(0).transpose(0, 1), *(x.squeeze(0) for x in lse))
 
@@ -145,14 +145,14 @@ def _ends(bias: _KeysWithGaps, queries: Packing, device: torch.device) -> Ends:
 
     held = [each for info in (bias, bias.q_seqinfo, bias.k_seqinfo) for each in vars(info).values()]
     tensors = [each for each in held if isinstance(each, Tensor)]
-    if is_traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not lasts(device):
         return make()
     state: Any = [(id(each), each._version) for each in tensors if not each.is_inference()]
     if len(state) < len(tensors):  # the others do not tell when they change
         if any(each.device.type != "cpu" for each in tensors):
             return make()
         state = [each.tolist() for each in tensors]
-    return kept(bias, queries, (state, bias._sides()), (device,), make)
+    return kept(bias, queries, (state, bias._sides()), device, (), make)
 
 
 def _rows_of_keys(bias: _KeysWithGaps, k: Tensor, v: Tensor) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 
 from headway.errors import RequestError
 from headway.masks.documents import Packing
+from headway.masks.memo import is_recorded
 from headway.sites.packed import packing as checked_packing
 
 Info = TypeVar("Info", bound="_SeqLenInfo")
@@ -67,7 +68,7 @@ class _SeqLenInfo:
 
     def packing(self, name: str, total: int, device: torch.device) -> Packing:
         """As masks take it, for an axis of `total`; once for all layers, until somebody writes to this in place."""
-        if is_compiling() or (self.seqstart.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if is_compiling() or is_recorded(self.seqstart.device):
             # What is recorded reads the tensor at each run.
             return checked_packing(name, self.seqstart.to(device), total, self.max_seqlen, device)
         self._follow()
