@@ -6,7 +6,6 @@ import copy
 import gc
 import importlib
 import pickle
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from agreement import Call, check
 from test_attention import draw
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from waiting import no_waiting
 
 import headway
 from headway import (
@@ -379,15 +379,9 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     q, k, v = draw(2, 2, 64, 64, device="cuda", dtype=torch.bfloat16, learns=True)
     mask, new = SEEN_ON_CUDA[name](), SEEN_ON_CUDA[name]()
     attention(q, k, v, mask=mask, scale=0.1).sum().backward()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for one in (mask, new):
             attention(q, k, v, mask=one, scale=0.2).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # -- autocast, inference, kinds of tensor -----------------------------------------------------------------------------

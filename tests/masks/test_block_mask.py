@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import no_waiting
 
 from headway.masks import (
     Alibi,
@@ -291,12 +292,9 @@ if torch.cuda.is_available():
         frame = few if name in more else Frame(LENGTH, LENGTH, device=torch.device("cuda"))
         mask = more[name] if name in more else LARGE[name][0]
         on_device = Documents(torch.tensor([100, 156], device="cuda")), Padding(torch.tensor([7], device="cuda"))
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             mask.to_block_mask(frame)
             for each in (more.get(name, Full()), *on_device):
                 each.to_block_mask(few)
                 each.to_bool(few)
                 each.to_additive(few, torch.float32)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

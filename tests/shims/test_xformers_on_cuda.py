@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from shims.biases import CASES
 from torch import Tensor
+from waiting import no_waiting
 
 from headway.shims.xformers import ops as xops
 from headway.shims.xformers.ops.fmha import attn_bias as ab
@@ -50,15 +50,9 @@ def test_as_right_as_plain_pytorch_and_without_waiting(name: str, dtype: torch.d
     q, k, v = (rand(1, length, 4, 64, dtype=dtype) for length in (queries, keys, keys))
     bias, fresh = (made.bias.to("cuda") for made in (case, CASES[name]()))
     answered(q, k, v, bias)  # kernels are found and compiled at the first call
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         got = answered(q, k, v, bias)
         answered(q, k, v, fresh)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     truth, plain = (textbook(q, k, v, sees, wide) for wide in (torch.float64, dtype))
     for mine, theirs, right in zip(got, plain, truth, strict=True):
         error, allowed = ((x.double() - right).abs().max() for x in (mine, theirs))

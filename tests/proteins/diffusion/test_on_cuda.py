@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from known_sources import rng
 from torch import Tensor
+from waiting import no_waiting
 
 from headway_apps.proteins.diffusion.bound import masked_bound, noise_bound
 from headway_apps.proteins.diffusion.graphs import Absorbing, Graph, Uniform
@@ -20,13 +21,6 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 IDS = tuple(range(4, 24))
 MASKS, JUMPS, SCHEDULE = Absorbing(33, mask=32, ids=IDS), Uniform(33, ids=IDS), LogLinear()
 each = pytest.mark.parametrize("graph", [MASKS, JUMPS], ids=lambda x: type(x).__name__)
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    yield
-    torch.cuda.set_sync_debug_mode(before)
 
 
 def scores(tokens: Tensor, sigma_bar: Tensor, lengths: Tensor | None) -> Tensor:
@@ -43,7 +37,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @each
-def test_noise_and_losses_are_the_cpus_and_do_not_wait(graph: Graph, no_waiting: None) -> None:
+def test_noise_and_losses_are_the_cpus_and_do_not_wait(graph: Graph) -> None:
     tokens, lengths, free = batch()
     document = torch.arange(4).repeat_interleave(lengths)
     t = torch.tensor([0.1, 0.5, 0.7, 0.9])
@@ -55,30 +49,25 @@ def test_noise_and_losses_are_the_cpus_and_do_not_wait(graph: Graph, no_waiting:
         clean, sites, times, at = values
         noised = graph.perturb(clean, SCHEDULE.sigma_bar(times)[at], generator=generator, free=sites)
         log_score = scores(noised, t, None).float()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        level, rate, weight = (f(times)[at] for f in (SCHEDULE.sigma_bar, SCHEDULE.rate, SCHEDULE.reveal))
-        loss = [dwdse(graph, log_score, noised, clean, sites, sigma_bar=level, rate=rate)]
-        if isinstance(graph, Absorbing):
-            loss.append(cross_entropy(graph, log_score, noised, clean, sites, weight=weight))
-        mean = [per_residue(x, sites) for x in loss]
-        torch.cuda.set_sync_debug_mode("default")
+        with no_waiting() if device == "cuda" else nullcontext():
+            level, rate, weight = (f(times)[at] for f in (SCHEDULE.sigma_bar, SCHEDULE.rate, SCHEDULE.reveal))
+            loss = [dwdse(graph, log_score, noised, clean, sites, sigma_bar=level, rate=rate)]
+            if isinstance(graph, Absorbing):
+                loss.append(cross_entropy(graph, log_score, noised, clean, sites, weight=weight))
+            mean = [per_residue(x, sites) for x in loss]
         answers.append((noised.cpu(), *(x.cpu() for x in loss + mean)))
     for ours, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @each
-def test_noise_of_the_devices_own_generator_does_not_wait(graph: Graph, no_waiting: None) -> None:
+def test_noise_of_the_devices_own_generator_does_not_wait(graph: Graph) -> None:
     tokens, _, free = (x.cuda() for x in batch())
     generator = torch.Generator("cuda").manual_seed(0)
     level = torch.full((63,), 0.7, device="cuda")
     graph.perturb(tokens, level, generator=generator, free=free)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    noised = graph.perturb(tokens, level, generator=generator, free=free)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        noised = graph.perturb(tokens, level, generator=generator, free=free)
     assert (noised != tokens).any()
     assert torch.equal(noised[~free], tokens[~free])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from deck import Source
 from torch import Tensor, nn
+from waiting import no_waiting
 
 from headway.shims.flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
 from headway.shims.flash_attn.losses.cross_entropy import CrossEntropyLoss
@@ -148,14 +148,8 @@ def test_nothing_waits_for_the_device_and_the_answer_is_the_cpus(name: str) -> N
     truth = answered(copy.deepcopy(part).double(), x)
     mine, there = copy.deepcopy(part).cuda(), x.detach().float().cuda().requires_grad_()
     answered(mine, there)  # kernels are found and compiled at the first call
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         got = answered(mine, there)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for one, true in zip(got, truth, strict=True):
         near = 2e-3 * true.abs().max().item()  # TensorFloat32 may be on
         torch.testing.assert_close(one.double().cpu(), true, rtol=2e-3, atol=near)
