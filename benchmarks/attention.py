@@ -1,6 +1,6 @@
 """Times every backend that takes each case, side by side in one run, and appends a row each to a JSON-lines file.
 
-    python benchmarks/attention.py --out benchmarks/results/attention.jsonl [--only dense,packed,decode,host,blocks]
+    python benchmarks/attention.py --out benchmarks/results/attention.jsonl [--only dense,short,host]
 
 Medians of CUDA-event times over rotating inputs. In each case the backends take turns, so that a clock that drifts
 drifts for all. `torch` is F.scaled_dot_product_attention with its own choice; `auto` is headway's.
@@ -81,6 +81,10 @@ def cases(only: set[str]) -> Iterator[Case]:
     for length, head_dim in ((512, 128), (2048, 128), (8192, 128), (16384, 128), (2048, 64), (8192, 64)):
         for mask in ("causal", "none"):
             yield Case("dense", mask, 16384 // length, 2048 // head_dim, 2048 // head_dim, length, length, head_dim)
+    for length in (64, 192):
+        for head_dim in (128, 64):
+            for mask in ("causal", "none"):
+                yield Case("short", mask, 16384 // length, 2048 // head_dim, 2048 // head_dim, length, length, head_dim)
     for head_dim in (128, 64):
         for mask in ("documents", "causal & documents"):
             heads = 2048 // head_dim
@@ -205,7 +209,12 @@ def host_rows(common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for grad in (False, True):
         for x in (q, k, v):
             x.requires_grad_(grad)
-        for name, us in _host_times(ways).items():
+        by_name = {
+            name: partial(headway.attention, q, k, v, backend=name)
+            for name in headway.explain(q, k, v).accepted
+            if name not in (*SLOW, "flex")
+        }
+        for name, us in _host_times(ways | by_name).items():
             yield {"group": "host", "backend": name, "grad": grad, "host_us": round(us, 2), **common}
     # Programs of few and of many calls: their difference is what calls take, the rest what a program takes once.
     few, many = 8, 40
@@ -306,7 +315,7 @@ def about() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="dense,packed,padded,decode,gqa,float32,host,blocks")
+    parser.add_argument("--only", default="dense,short,packed,padded,decode,gqa,float32,host,blocks")
     parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
     options = parser.parse_args()
     only = set(options.only.split(","))

@@ -27,7 +27,7 @@ from headway.masks import Alibi, Bias, Causal, Documents, Mask, Padding, Predica
 from headway.masks.base import shape_of
 from headway.masks.causal import Align
 from headway.masks.documents import Packing
-from headway.masks.memo import Remembers, lasts
+from headway.masks.memo import Remembers, is_recorded, is_traced, lasts
 
 Made = TypeVar("Made")
 
@@ -503,8 +503,7 @@ def kept(
 
 def remembered(owner: Remembers, what: Hashable, make: Callable[[], Made]) -> Made:
     """What `make` makes of `owner`, once; nobody's tensors are kept by it but those of `owner`."""
-    device = next(x.device for x in vars(owner).values() if isinstance(x, Tensor))
-    if not lasts(device):
+    if is_traced() or any(is_recorded(x.device) for x in vars(owner).values() if isinstance(x, Tensor)):
         return make()
     at = (what, torch.is_inference_mode_enabled())
     if at not in owner.memo:
