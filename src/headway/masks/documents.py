@@ -57,7 +57,9 @@ class Packing(Remembers):
 
         def find() -> tuple[Tensor]:
             positions = torch.arange(count, dtype=torch.int32, device=device)
-            return (torch.searchsorted(self.on(device)[1:], positions, right=True, out_int32=True),)
+            # Of all starts, not of the ends in a slice: inductor searches from where a slice's storage begins
+            # (pytorch#182343).
+            return (torch.searchsorted(self.on(device), positions, right=True, out_int32=True) - 1,)
 
         return self.once(("ids", count), device, find)[0]
 

@@ -105,7 +105,8 @@ def _packed_positions(
         " cumulative lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0))",
     )
     tokens = torch.arange(total, device=x.device, dtype=cu_seqlens.dtype)
-    sequences = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp_(max=len(lengths) - 1)
+    # Never of a slice: see Packing.ids.
+    sequences = (torch.searchsorted(cu_seqlens, tokens, right=True) - 1).clamp_(0, len(lengths) - 1)
     first = cu_seqlens[:-1] - seqlen_offsets
     return tokens - first[sequences]
 

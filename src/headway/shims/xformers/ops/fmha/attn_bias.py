@@ -141,7 +141,7 @@ Blocks = TypeVar("Blocks", bound="_Blocks")
 def block_of(edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The block that each of `count` positions is in, by where blocks start and end; and the positions."""
     positions = torch.arange(count, device=edges.device, dtype=torch.int32)
-    return torch.searchsorted(edges[1:], positions, right=True), positions
+    return torch.searchsorted(edges, positions, right=True) - 1, positions  # never of a slice: see Packing.ids
 
 
 @dataclass
