@@ -28,6 +28,7 @@ from headway.backends.registry import BACKENDS, NAMES
 from headway.choice import choose as choosing
 from headway.choice.choose import Decision, choose
 from headway.choice.quarantine import QUARANTINE
+from headway.choice.timings import Time
 from headway.errors import NoBackendError, UnknownNameError
 from headway.limits.machine import Machine, Package
 from headway.limits.request import CONTRACTS, Request
@@ -197,7 +198,9 @@ def test_heads_that_share_keys_stay_on_a_fused_kernel(machine: Machine, wants: d
 
 
 def test_measured_times_go_before_the_declared_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choosing, "measured", lambda *_: {"sdpa-flash": 0.5, "sdpa-cudnn": 0.75})
+    monkeypatch.setattr(
+        choosing, "measured", lambda *_: {"sdpa-flash": Time(0.5, False), "sdpa-cudnn": Time(0.75, False)}
+    )
     decision = choose(ask(**BF16), H100)
     assert decision.accepted[:2] == ("sdpa-flash", "sdpa-cudnn")
     assert decision.why == "fastest measured on H100 near this call (0.5 ms)"

@@ -7,7 +7,7 @@ import math
 
 from headway.backends.registry import Backend, candidates, named
 from headway.choice.quarantine import quarantined
-from headway.choice.timings import measured
+from headway.choice.timings import Time, measured
 from headway.choice.words import in_words
 from headway.errors import NoBackendError
 from headway.limits.limit import Refusal, within
@@ -16,6 +16,8 @@ from headway.limits.request import Request, mask_words
 
 STRUCTURE = ("causal", "window", "documents", "tree", "predicate", "prefix", "and", "or", "not")
 """Terms whose dense form is far larger than they are."""
+
+UNMEASURED = Time(math.inf, False)
 
 PLAIN = ("sdpa-math", "reference")
 """Backends that hold all scores in memory."""
@@ -73,7 +75,7 @@ def choose(request: Request, machine: Machine, backend: str = "auto") -> Decisio
             accepted.append(one)
     times = measured(request, machine)
     accepted.sort(
-        key=lambda one: (times.get(one.name, math.inf), _wasteful(one, request, machine), _tier(one, machine))
+        key=lambda one: (times.get(one.name, UNMEASURED), _wasteful(one, request, machine), _tier(one, machine))
     )
     names = tuple(one.name for one in accepted)
     if backend == "auto":
@@ -120,9 +122,11 @@ def _tier(backend: Backend, machine: Machine) -> int:
     return 1 if backend.best_on and got is not None and not within(got, *backend.best_on) else 0
 
 
-def _why(backend: Backend, request: Request, machine: Machine, times: dict[str, float]) -> str:
+def _why(backend: Backend, request: Request, machine: Machine, times: dict[str, Time]) -> str:
     if backend.name in times:
-        return f"fastest measured on {machine.name} near this call ({times[backend.name]:.3g} ms)"
+        ms, host = times[backend.name]
+        took = f"{ms:.3g} ms, which the host takes to ask" if host else f"{ms:.3g} ms"
+        return f"fastest measured on {machine.name} near this call ({took})"
     if request.mask and not backend.masks.is_native(request.mask):
         return f"first in order that takes the call, with the mask {mask_words(request.mask)} as a dense tensor"
     return "first in order that takes the call"
