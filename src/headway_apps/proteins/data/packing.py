@@ -42,6 +42,11 @@ class Batch:
     def residues(self) -> int:
         return self.tokens.numel() - BOUNDARIES * self.lengths.numel()
 
+    @property
+    def free(self) -> Tensor:
+        """(T,) where a residue stands: all but the tokens that begin and end a sequence."""
+        return (self.positions > 0) & (self.positions < (self.lengths - 1)[self.document])
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return Batch(*(each.to(device, non_blocking=non_blocking) for each in self._tensors()))
 
