@@ -1,0 +1,232 @@
+"""Evaluation: all that is known of a model and of its samples, made in one go and kept as one file of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headway
+from headway import RequestError
+from headway_apps.proteins.data.packing import BOUNDARIES
+from headway_apps.proteins.data.prepare import MOST_RESIDUES, Progress
+from headway_apps.proteins.data.shards import Part, Prepared
+from headway_apps.proteins.errors import DataError
+from headway_apps.proteins.evaluate.attention import Attention, attention_of
+from headway_apps.proteins.evaluate.likelihood import likelihood
+from headway_apps.proteins.evaluate.nearest import identities
+from headway_apps.proteins.evaluate.ngrams import Baseline, baselines
+from headway_apps.proteins.evaluate.references import references
+from headway_apps.proteins.evaluate.statistics import Nearness, Statistics, statistics
+from headway_apps.proteins.trained import Trained
+
+VERSION = 1
+TOKENS = 16_384
+SHOWN = 10
+MOST_HELD_OUT = 5_000
+"""Held-out proteins that samples are compared with: more would change nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """Of the model on a part, by a bound: what it really costs is no more."""
+
+    bound: str
+    nats_per_residue: float
+    perplexity: float
+    standard_error: float | None
+    """None for one sequence, which has none."""
+    prior: float
+    """Nats per residue that are the prior's, counted above."""
+    sequences: int
+    of_sequences: int
+    residues: int
+    draws: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Proteins that a model made, and where they come from."""
+
+    proteins: list[str]
+    origin: str
+    valid: float | None = None
+    """Share of those made whose token ids were letters and nothing else; None where no ids are known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """None stands for what was not measured; `absent` says why, by name."""
+
+    model: str
+    """Where it was loaded from."""
+    parameters: int
+    data: dict[str, Any]
+    likelihood: Likelihood
+    baselines: list[Baseline]
+    attention: Attention
+    statistics: list[Statistics]
+    """The samples' row and then the references'; empty where there are no samples."""
+    samples: str | None
+    """Where they come from."""
+    first: list[str]
+    """Some of the samples."""
+    absent: dict[str, str]
+    machine: dict[str, str]
+    written: str
+
+    def save(self, path: Path) -> None:
+        """All at once: a reader never sees half of it."""
+        text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Evaluation:
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            if (version := told.pop("version")) != VERSION:
+                raise DataError(f"got {path} of version {version}, takes {VERSION}; evaluate again")
+            told["likelihood"] = Likelihood(**told["likelihood"])
+            told["attention"] = Attention(**told["attention"])
+            told["baselines"] = [Baseline(**each) for each in told["baselines"]]
+            told["statistics"] = [_statistics(each) for each in told["statistics"]]
+            return cls(**told)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"got {path}, which is no evaluation, or damaged ({error}); evaluate again") from error
+
+
+def _statistics(told: dict[str, Any]) -> Statistics:
+    near = told["nearness"]
+    kmers = {int(k): value for k, value in told["kmer_distance"].items()}
+    return Statistics(**told | {"kmer_distance": kmers, "nearness": near and Nearness(**near)})
+
+
+def evaluate(
+    trained: Trained,
+    prepared: Prepared,
+    *,
+    model: str,
+    part: str = "held_out",
+    samples: Samples | None = None,
+    tokens: int = TOKENS,
+    draws: int = 1,
+    sequences: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress = lambda *_: None,
+) -> Evaluation:
+    """The model's bound on a part beside the baselines', and statistics of samples beside the references'."""
+    if part == "train":
+        raise RequestError("got the part train, takes one that was held out: the baselines are counted on train")
+    train, held_out = prepared["train"], prepared[part]
+    where = next(trained.model.parameters()).device if device is None else torch.device(device)
+    bound = likelihood(
+        trained, held_out, tokens=tokens, draws=draws, sequences=sequences, seed=seed, device=where, progress=progress
+    )
+    progress("baselines", 0, None)
+    absent: dict[str, str] = {}
+    rows: list[Statistics] = []
+    if samples is None:
+        absent["statistics"] = "no samples were given or drawn"
+    else:
+        rows = compared(samples, train, held_out, seed=seed, absent=absent, progress=progress)
+    if len(bound.nats) < 2:
+        absent["standard_error"] = "one sequence has none"
+    return Evaluation(
+        model=model,
+        parameters=sum(each.numel() for each in trained.model.parameters()),
+        data={
+            "folder": prepared.folder.name, "fingerprint": prepared.fingerprint, "part": part,
+            "provenance": prepared.provenance,
+            "parts": {
+                name: {"sequences": len(prepared[name]), "residues": prepared[name].residues} for name in prepared.parts
+            },
+        },
+        likelihood=Likelihood(
+            bound=type(trained.graph).__name__.lower(), nats_per_residue=bound.per_residue, perplexity=bound.perplexity,
+            standard_error=bound.standard_error if len(bound.nats) > 1 else None, prior=bound.prior,
+            sequences=len(bound.nats), of_sequences=len(held_out), residues=sum(bound.residues), draws=draws, seed=seed,
+        ),
+        baselines=baselines(train, held_out, seed=seed),
+        attention=attention_of(trained.model.config, _batch_of(held_out, tokens), where),
+        statistics=rows,
+        samples=None if samples is None else samples.origin,
+        first=[] if samples is None else samples.proteins[:SHOWN],
+        absent=absent,
+        machine=machine(where),
+        written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def compared(
+    samples: Samples,
+    train: Part,
+    held_out: Part,
+    *,
+    seed: int = 0,
+    absent: dict[str, str],
+    progress: Progress = lambda *_: None,
+) -> list[Statistics]:
+    """The samples' row, and those that it is to be seen beside."""
+    found = references(_some(held_out), [max(1, len(each)) for each in samples.proteins], seed)
+    rows = {"samples": samples.proteins, **found.rows}
+    near: dict[str, Sequence[float]] = {}
+    if train.residues > MOST_RESIDUES:
+        absent["nearness"] = f"{train.residues:,} training residues are more than the {MOST_RESIDUES:,} that are held"
+    else:
+        unique = list(dict.fromkeys(each for row in rows.values() for each in row if each))
+        done = identities(
+            unique, [each.sequence for each in train], lambda at: progress("proteins compared", at, len(unique))
+        )
+        all_of = dict(zip(unique, done, strict=True))
+        near = {name: [all_of[each] for each in row if each] for name, row in rows.items()}
+    return [
+        statistics(
+            name, row, found.compared_with, valid=samples.valid if name == "samples" else None,
+            identities=near.get(name),
+        )
+        for name, row in rows.items()
+    ]  # fmt: skip
+
+
+def _some(part: Part) -> list[str]:
+    every = max(1, -(-len(part) // MOST_HELD_OUT))
+    return [part[at].sequence for at in range(0, len(part), every)]
+
+
+def _batch_of(part: Part, tokens: int) -> list[int]:
+    """Lengths of a batch such as a run packs: the part's first sequences, as many as fit."""
+    lengths = (part.lengths() + BOUNDARIES).tolist()
+    found = [lengths[0]]
+    for each in lengths[1:]:
+        if sum(found) + each > tokens:
+            break
+        found.append(each)
+    return found
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Where numbers were made."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": f"{device} ({name})",
+        "headway": headway.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
