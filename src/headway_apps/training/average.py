@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -37,7 +37,7 @@ class Average:
         weights = self._of(model)
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        for names in self._alike(weights):
+        for names in self._alike():
             shadows = [self.weights[name] for name in names]
             now = [weights[name].detach().to(self.weights[name].dtype) for name in names]
             torch._foreach_lerp_(shadows, now, 1 - decay)
@@ -63,8 +63,7 @@ class Average:
 
     def load(self, weights: Mapping[str, Tensor], count: int) -> None:
         """What `weights` and `count` were, exactly; nothing is changed if any does not fit."""
-        kinds = ({name: (each.shape, each.dtype) for name, each in of.items()} for of in (self.weights, weights))
-        _must_match(*kinds, "averaged weights")
+        _must_match("averaged weights", self.weights, weights, lambda x: (x.dtype, *x.shape))
         if count < 0:
             raise RequestError(f"got count {count}, takes the updates so far")
         _write(self.weights, weights)
@@ -72,10 +71,10 @@ class Average:
 
     def _of(self, model: nn.Module) -> dict[str, Tensor]:
         weights = _weights(model)
-        _must_match(*({name: each.shape for name, each in of.items()} for of in (self.weights, weights)), "a model")
+        _must_match("a model", self.weights, weights, lambda x: tuple(x.shape))
         return weights
 
-    def _alike(self, weights: Mapping[str, Tensor]) -> list[list[str]]:
+    def _alike(self) -> list[list[str]]:
         """Names that one fused operation takes together: shards and whole tensors do not mix."""
         groups: dict[tuple[type, torch.device, torch.dtype], list[str]] = {}
         for name, shadow in self.weights.items():
@@ -107,9 +106,12 @@ def _reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def _must_match(takes: Mapping[str, object], got: Mapping[str, object], what: str) -> None:
-    if differ := sorted(name for name in {**takes, **got} if takes.get(name) != got.get(name)):
-        some = "; ".join(f"{name}: got {got.get(name, 'none')}, takes {takes.get(name, 'none')}" for name in differ[:3])
+def _must_match(
+    what: str, takes: Mapping[str, Tensor], got: Mapping[str, Tensor], told: Callable[[Tensor], object]
+) -> None:
+    took, gave = ({name: told(each) for name, each in of.items()} for of in (takes, got))
+    if differ := [name for name in {**took, **gave} if took.get(name) != gave.get(name)]:
+        some = "; ".join(f"{name}: got {gave.get(name, 'none')}, takes {took.get(name, 'none')}" for name in differ[:3])
         raise RequestError(
-            f"got {what} of which {len(differ)} weights are not those averaged ({some}); give the same model"
+            f"got {what} of which {len(differ)} weights are not as averaged ({some}); give the same model"
         )

@@ -182,7 +182,7 @@ def _must_be_exact(files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str
         if not same:
             raise RequestError(
                 f"got {key!r} of {type(value).__name__} in the state, takes what JSON gives back unchanged: dicts"
-                " with str keys, lists, str, numbers but nan, bool and None; make tuples lists, and give tensors as a file"
+                " with str keys, lists, str, numbers but nan, bool, None; make tuples lists, and give tensors as a file"
             )
     for name, tensors in files.items():
         if not re.fullmatch(r"\w[\w.-]*", name):

@@ -34,6 +34,7 @@ class Rate:
         if step < 1:
             raise RequestError(f"got step {step}, takes 1 for the first optimizer step")
         if step <= self.warmup:
-            return self.peak * step / self.warmup
+            return self.peak * (step / self.warmup)
         done = min((step - self.warmup) / (self.steps - self.warmup), 1.0)
-        return self.least + (self.peak - self.least) * (1 + math.cos(math.pi * done)) / 2
+        fallen = self.least + (self.peak - self.least) * (1 + math.cos(math.pi * done)) / 2
+        return min(self.peak, fallen)  # which rounding could pass

@@ -97,7 +97,8 @@ def read(path: Path) -> list[dict[str, Any]]:
             break
         try:
             line = json.loads(text)
-            lines.append({"step": int(line["step"]), "seconds": float(line["seconds"]), **line})
+            int(line["step"]), float(line["seconds"])
+            lines.append(line)
         except (ValueError, TypeError, KeyError) as error:
             raise TrackerError(f"got line {number} of {path}, which is damaged ({error}); mend or delete it") from error
     return lines
@@ -170,7 +171,7 @@ class Wandb:
 
 
 def _mode() -> str | None:
-    """None leaves it to WANDB_MODE. Online without a key is refused, as W&B would ask for one where it finds a terminal."""
+    """None leaves it to WANDB_MODE. Online without a key is refused, as W&B would ask for one at a terminal."""
     asked = os.environ.get("WANDB_MODE")
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     known = any(os.environ.get(each) for each in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
