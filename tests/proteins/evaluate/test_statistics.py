@@ -120,22 +120,22 @@ def test_the_rows_are_as_many_and_as_long_as_the_samples(rng: np.random.Generato
     lengths = [int(length) for length in rng.integers(30, 150, 100)]
     found = references(held_out, lengths, seed=3)
     assert tuple(found.rows) == NAMES
-    assert len(found.compared_with) == len(found.rows["real held-out, whole"]) == 200
-    assert not set(found.compared_with) & set(found.rows["real held-out, whole"])
+    assert len(found.compared_with) == len(found.rows["real, whole"]) == 200
+    assert not set(found.compared_with) & set(found.rows["real, whole"])
     for name in NAMES[:3]:
         assert sorted(map(len, found.rows[name])) == sorted(lengths)
-    for real, mixed in zip(found.rows["real held-out"], found.rows["shuffled held-out"], strict=True):
-        assert any(each.startswith(real) for each in found.rows["real held-out, whole"])
+    for real, mixed in zip(found.rows["real"], found.rows["shuffled"], strict=True):
+        assert any(each.startswith(real) for each in found.rows["real, whole"])
         assert sorted(real) == sorted(mixed)
-    assert found.rows["real held-out"] != found.rows["shuffled held-out"]
+    assert found.rows["real"] != found.rows["shuffled"]
     assert found == references(held_out, lengths, seed=3)
     assert found != references(held_out, lengths, seed=4)
 
 
 def test_more_or_longer_samples_than_there_are_real_proteins_get_what_there_is(rng: np.random.Generator) -> None:
     found = references([protein(rng, 20) for _ in range(10)], [500] * 30)
-    assert [len(each) for each in found.rows["real held-out"]] == [20] * 5
-    assert [len(each) for each in found.rows["uniform random"]] == [500] * 30
+    assert [len(each) for each in found.rows["real"]] == [20] * 5
+    assert [len(each) for each in found.rows["random"]] == [500] * 30
 
 
 def test_the_rows_lie_as_they_should(rng: np.random.Generator) -> None:

@@ -2,10 +2,10 @@
 
 The held-out proteins are drawn into two halves. One is what all rows are compared with; of the other come the rows:
 
-    uniform random       as many proteins, of the same lengths, each residue any of the twenty
-    shuffled held-out    the proteins of the next row, each with its residues in a random order
-    real held-out        as many proteins, where there are as many, cut to the lengths of the samples
-    real held-out, whole all of the other half, as they are: also their lengths are nature's
+    random       as many proteins, of the same lengths, each residue any of the twenty as likely
+    shuffled     the proteins of the next row, each with its residues in a random order
+    real         as many proteins, where there are as many, cut to the lengths of the samples
+    real, whole  all of the other half, as they are: also their lengths are nature's
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from headway import RequestError
 from headway_apps.proteins.alphabet import STANDARD
 
-NAMES = ("uniform random", "shuffled held-out", "real held-out", "real held-out, whole")
+NAMES = ("random", "shuffled", "real", "real, whole")
 
 
 @dataclasses.dataclass(frozen=True)

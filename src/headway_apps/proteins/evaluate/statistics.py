@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +118,33 @@ def statistics(
         frequencies=dict(zip(STANDARD, frequencies.tolist(), strict=True)),
         nearness=None if identities is None else _nearness(identities),
     )
+
+
+def measured(rows: Sequence[Statistics]) -> list[tuple[str, list[str]]]:
+    """A table of sets side by side, in words: each measure, and what it is for each set."""
+    measures: list[tuple[str, Callable[[Statistics], str]]] = [
+        ("proteins", lambda row: f"{row.count:,}"),
+        ("residues", lambda row: f"{row.residues:,}"),
+        ("valid", lambda row: f"{row.valid:.1%}"),
+        *((f"{k}-mer distance", lambda row, k=k: f"{row.kmer_distance[k]:.3f}") for k in KMERS),
+        ("length distance", lambda row: f"{row.length_distance:.1f}"),
+        ("length", lambda row: f"{row.length_mean:.0f} ± {row.length_std:.0f}"),
+        ("shortest, longest", lambda row: f"{row.length_min}, {row.length_max}"),
+        ("duplicates", lambda row: f"{row.duplicates:.1%}"),
+        ("longest run", lambda row: f"{row.longest_run}"),
+        ("longest run, mean", lambda row: f"{row.mean_longest_run:.1f}"),
+        ("low complexity", lambda row: f"{row.low_complexity:.1%}"),
+        ("distinct residues", lambda row: f"{row.distinct_residues:.1f}"),
+        *((group, lambda row, group=group: f"{row.groups[group]:.1%}") for group in GROUPS),
+        ("identity, median", lambda row: _of_nearness(row, lambda near: f"{near.median:.2f}")),
+        ("identity, greatest", lambda row: _of_nearness(row, lambda near: f"{near.greatest:.2f}")),
+        ("copies", lambda row: _of_nearness(row, lambda near: f"{near.copies:.1%}")),
+    ]
+    return [(name, [tell(row) for row in rows]) for name, tell in measures]
+
+
+def _of_nearness(row: Statistics, tell: Callable[[Nearness], str]) -> str:
+    return "not measured" if row.nearness is None else tell(row.nearness)
 
 
 def is_valid(protein: str) -> bool:

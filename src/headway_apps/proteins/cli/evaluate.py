@@ -1,0 +1,118 @@
+"""headway proteins evaluate: nats per residue beside the baselines, and samples beside real proteins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from headway import RequestError
+from headway_apps.proteins.cli.terminal import Progress, failures, told
+from headway_apps.proteins.errors import DataError
+from headway_apps.proteins.generate.sample import TOKENS
+from headway_apps.training import precision
+
+if TYPE_CHECKING:
+    from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples
+    from headway_apps.proteins.evaluate.statistics import Statistics
+    from headway_apps.proteins.trained import Trained
+
+
+@failures()
+def command(
+    model: Annotated[Path, typer.Argument(help="A run's folder, or that of a trained model.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="A folder made by `headway proteins prepare`.", show_default=False)],
+    part: Annotated[str, typer.Option(help="A part of the data that was not trained on.")] = "held_out",
+    draws: Annotated[int, typer.Option(min=1, help="Calls of the model for each sequence.")] = 1,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="Score only so many, drawn by the seed.", show_default="all")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="FASTA of proteins that the model made.", show_default=False)
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=0, help="Draw so many by first-hitting, of lengths as in the training data.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="In one batch.")] = TOKENS,
+    device: Annotated[str, typer.Option(help="auto, or a device of this machine.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write it.", show_default="evaluation.json in the model's folder")
+    ] = None,
+) -> None:
+    """Score held-out proteins and compare samples with real ones; print the tables, and write them as JSON."""
+    from headway_apps.proteins.cli.opened import opened
+    from headway_apps.proteins.data.shards import Prepared
+    from headway_apps.proteins.evaluate.evaluation import evaluate
+
+    if samples is not None and count:
+        raise RequestError("got --samples and --count, takes one of them: a file, or how many to draw")
+    out = model / "evaluation.json" if out is None else out
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"got --out {out}, takes a file in a folder that is there; make {out.absolute().parent}")
+    where = precision.device(device)
+    trained, name = opened(model)
+    prepared = Prepared(data)
+    trained.model.to(where)
+    with told() as tell:
+        given = _samples(trained, samples, count, seed, tokens, tell)
+        found = evaluate(
+            trained, prepared, model=name, part=part, samples=given, tokens=tokens, draws=draws,
+            sequences=sequences, seed=seed, device=where, progress=tell,
+        )  # fmt: skip
+    found.save(out)
+    show(found, Console())
+    typer.echo(f"written: {out}")
+
+
+def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens: int, tell: Progress) -> Samples | None:
+    from headway_apps.proteins.data import fasta
+    from headway_apps.proteins.evaluate.evaluation import Samples
+    from headway_apps.proteins.generate import lengths
+    from headway_apps.proteins.generate.sample import generate
+
+    if file is not None:
+        proteins = ["".join(each.sequence.split()) for each in fasta.read(file)]
+        if not proteins:
+            raise DataError(f"got {file} without a sequence, takes FASTA with one or more")
+        return Samples(proteins, file.name)
+    if not count:
+        return None
+    made = generate(trained, lengths.draw(trained.lengths, count, seed), seed=seed, tokens=tokens, progress=tell)
+    # `generate` raises where a token is anything but a residue
+    return Samples(made.proteins, f"drawn by first-hitting in {made.calls:,} calls, seed {seed}", valid=1.0)
+
+
+def show(found: Evaluation, console: Console) -> None:
+    """The tables."""
+    ours, part = found.likelihood, found.data["part"]
+    table = Table(box=box.SIMPLE_HEAD, title=f"{part}: {ours.sequences:,} sequences, {ours.residues:,} residues")
+    for head in ("", "nats per residue", "perplexity"):
+        table.add_column(head, justify="right" if head else "left")
+    for each in found.baselines:
+        table.add_row(each.name, f"{each.nats_per_residue:.4f}", f"{each.perplexity:.2f}")
+    error = "" if ours.standard_error is None else f" ± {ours.standard_error:.4f}"
+    table.add_row(f"{found.model} (at most)", f"{ours.nats_per_residue:.4f}{error}", f"{ours.perplexity:.2f}")
+    console.print(table)
+    if ours.sequences < ours.of_sequences:
+        console.print(f"The model: {ours.sequences:,} of {ours.of_sequences:,} sequences; the baselines: all.")
+    if found.statistics:
+        console.print(_table(found.statistics))
+        console.print(f"Samples: {found.samples}. Distances are to another half of {part}.")
+    for what, why in found.absent.items():
+        console.print(f"No {what.replace('_', ' ')}: {why}.", markup=False)
+
+
+def _table(rows: list[Statistics]) -> Table:
+    from headway_apps.proteins.evaluate.statistics import measured
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in ("", *(row.name for row in rows)):
+        table.add_column(head, justify="right" if head else "left")
+    for measure, cells in measured(rows):
+        table.add_row(measure, *cells)
+    return table

@@ -1,0 +1,130 @@
+"""The whole of it in one file that comes back as it was, and the same by the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from proteins.evaluate.made import prepared, trained
+from typer.testing import CliRunner
+
+from headway import RequestError
+from headway_apps.proteins.cli import app
+from headway_apps.proteins.data.shards import Prepared
+from headway_apps.proteins.errors import DataError
+from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepared(tmp_path_factory.mktemp("data") / "x")
+
+
+def test_every_number_is_there_or_its_absence_has_a_reason(data: Prepared, tmp_path: Path) -> None:
+    found = evaluate(trained(), data, model="made", samples=Samples(["MKT" * 12, "MAY" * 11, ""], "a test"))
+    assert [each.name for each in found.baselines][:2] == ["uniform over 20", "1-gram"]
+    assert [each.name for each in found.statistics] == ["samples", "random", "shuffled", "real", "real, whole"]
+    assert found.statistics[0].valid == pytest.approx(2 / 3)
+    assert all(each.nearness is not None for each in found.statistics)
+    assert found.likelihood.sequences == found.likelihood.of_sequences == 24
+    assert found.attention.backend in found.attention.whole
+    assert found.absent == {}
+    found.save(tmp_path / "evaluation.json")
+    assert Evaluation.load(tmp_path / "evaluation.json") == found
+    assert [each.name for each in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_what_was_not_asked_for_is_named_as_absent(data: Prepared) -> None:
+    found = evaluate(trained(), data, model="made", sequences=1)
+    assert found.absent == {
+        "statistics": "no samples were given or drawn", "standard_error": "one sequence has none",
+    }  # fmt: skip
+    assert (found.statistics, found.samples, found.likelihood.standard_error) == ([], None, None)
+
+
+def test_too_many_training_residues_are_not_compared_with_and_that_is_said(
+    data: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headway_apps.proteins.evaluate.evaluation.MOST_RESIDUES", 10)
+    found = evaluate(trained(), data, model="made", samples=Samples(["MKT"], "a test"))
+    assert all(each.nearness is None for each in found.statistics)
+    assert "are more than the 10 that are held" in found.absent["nearness"]
+
+
+def test_the_part_that_was_trained_on_is_refused(data: Prepared) -> None:
+    with pytest.raises(RequestError, match="got the part train, takes one that was held out"):
+        evaluate(trained(), data, model="made", part="train")
+
+
+@pytest.mark.parametrize("change", [{"version": 7}, {"likelihood": None}, {"more": 1}])
+def test_another_file_is_refused(data: Prepared, tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "evaluation.json"
+    evaluate(trained(), data, model="made").save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match="evaluate again"):
+        Evaluation.load(path)
+
+
+@pytest.mark.parametrize("graph", ["absorbing", "uniform"])
+def test_the_command_prints_the_table_and_writes_the_file(data: Prepared, tmp_path: Path, graph: str) -> None:
+    trained(graph).save(tmp_path)
+    (tmp_path / "it.fasta").write_text(">a\nMKTAYIAKQR\n>b\nMAAAAAAAAAAAW\n")
+    asked = ["--samples", str(tmp_path / "it.fasta")] if graph == "uniform" else ["--count", "3"]
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--data", str(data.folder), "--device", "cpu", *asked])
+    assert done.exit_code == 0, done.output
+    found = Evaluation.load(tmp_path / "evaluation.json")
+    assert f"{found.likelihood.nats_per_residue:.4f}" in done.stdout
+    assert "4-gram" in done.stdout
+    assert "real, whole" in done.stdout
+    assert f"written: {tmp_path / 'evaluation.json'}" in done.stdout.replace("\n", "")
+    assert found.statistics[0].count == (2 if graph == "uniform" else 3)
+    again = dataclasses.replace(found, written="")
+    CliRunner().invoke(app, ["evaluate", str(tmp_path), "--data", str(data.folder), "--device", "cpu", *asked])
+    assert dataclasses.replace(Evaluation.load(tmp_path / "evaluation.json"), written="") == again
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        (["--samples", "x", "--count", "2"], "takes one of them"),
+        (["--part", "other"], "got the part 'other', takes one of train, held_out"),
+        (["--device", "cuda:7"], "got device cuda:7, takes what is here"),
+        (["--out", "/no/such/folder/x.json"], "takes a file in a folder that is there"),
+    ],
+)
+def test_a_mistake_is_one_line(data: Prepared, tmp_path: Path, asked: list[str], says: str) -> None:
+    trained().save(tmp_path)
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--data", str(data.folder), *asked])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_without_a_model_is_refused(data: Prepared, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--data", str(data.folder)])
+    assert done.exit_code == 1
+    assert "takes a folder of a trained model, or of a run" in done.stderr
+
+
+def test_the_averaged_weights_of_a_runs_last_checkpoint_are_what_is_evaluated(tmp_path: Path) -> None:
+    from headway_apps.proteins.cli.opened import opened
+    from headway_apps.proteins.config import parse
+    from headway_apps.proteins.model.dit import DiT
+    from headway_apps.training.checkpoints import Checkpoints
+
+    config = parse(
+        "data: {folder: x}\nrun: {steps: 10}\noptim: {warmup: 1}\nmodel: {width: 32, blocks: 1, heads: 2, cond: 8}"
+    )
+    kept = Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2):
+        weights = DiT(config.network).state_dict()
+        average = {name: torch.full_like(each, step) for name, each in weights.items()}
+        state = {"config": config.model_dump(), "trained": trained().told()}
+        kept.save(step, {"model": weights, "average": average}, state)
+    model, name = opened(tmp_path)
+    assert name == f"{tmp_path.name}, step 2"
+    assert all((each == 2).all() for each in model.model.parameters())
+    assert not model.model.training
