@@ -44,7 +44,7 @@ def command(
     templates: Annotated[Path | None, typer.Option(metavar="FASTA", help="A file of templates.")] = None,
     sampler: Annotated[str, typer.Option(help=f"{', '.join(SAMPLERS)}.")] = "first-hitting",
     steps: Annotated[
-        int | None, typer.Option(help=f"Of euler ({Euler.steps}) and analytic ({Analytic.steps}).")
+        int | None, typer.Option(help=f"{Euler.steps} of euler, {Analytic.steps} of analytic, if not given.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of lengths and residues.")] = 0,
     tokens: Annotated[int, typer.Option(help="In one call of the network. Another number draws others.")] = TOKENS,
