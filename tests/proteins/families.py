@@ -40,11 +40,14 @@ def records(sequences: Sequence[str]) -> list[Record]:
     return [Record(f"sp|P{at:05d}|MADE_{at}", each, "Made protein OS=Nobody") for at, each in enumerate(sequences)]
 
 
-def prepared(folder: Path, sequences: Sequence[str]) -> Prepared:
-    """A folder with these in its part `train`, in this order."""
+def prepared(folder: Path, sequences: Sequence[str], **others: Sequence[str]) -> Prepared:
+    """A folder with these in its part `train`, in this order, and others in theirs."""
     with appearing(folder) as partial:
-        writer = Writer(partial, "train")
-        for each in records(sequences):
-            writer.add(each)
-        write_manifest(partial, {"train": writer.finish()}, {})
+        parts = {}
+        for name, held in {"train": sequences, **others}.items():
+            writer = Writer(partial, name)
+            for each in records(held):
+                writer.add(each)
+            parts[name] = writer.finish()
+        write_manifest(partial, parts, {})
     return Prepared(folder)

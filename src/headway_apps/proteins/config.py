@@ -210,10 +210,8 @@ class Config(Section):
             _ = self.network
         except HeadwayError as error:
             raise ValueError(f"model: {error}") from error
-        if self.optim.warmup > self.run.steps:
-            raise ValueError(
-                f"got a warm-up of {self.optim.warmup} in {self.run.steps} steps, takes no more than those"
-            )
+        if self.optim.warmup >= self.run.steps:
+            raise ValueError(f"got a warm-up of {self.optim.warmup} in {self.run.steps} steps, takes less")
         return self
 
     @property

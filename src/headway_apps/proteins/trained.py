@@ -73,4 +73,5 @@ class Trained:
 def _told(value: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
     kind = next(name for name, each in kinds.items() if type(value) is each)
     fields = [each.name for each in dataclasses.fields(value) if each.init]
-    return {"kind": kind, **{name: getattr(value, name) for name in fields}}
+    values = {name: getattr(value, name) for name in fields}
+    return {"kind": kind, **{name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}}

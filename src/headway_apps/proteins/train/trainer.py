@@ -1,0 +1,416 @@
+"""Trainer: steps of the optimizer from a config to a run's folder; log, evaluate, sample, save in between."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from torch import Tensor
+
+from headway import HeadwayError
+from headway_apps.proteins.config import Config
+from headway_apps.proteins.data.packing import Batch, Batches
+from headway_apps.proteins.data.shards import Part, Prepared
+from headway_apps.proteins.evaluate.likelihood import likelihood
+from headway_apps.proteins.generate.files import save
+from headway_apps.proteins.generate.lengths import draw
+from headway_apps.proteins.generate.sample import generate
+from headway_apps.proteins.model.dit import DiT
+from headway_apps.proteins.train import state
+from headway_apps.proteins.train.ahead import Ahead
+from headway_apps.proteins.train.objective import Objective, seed_of
+from headway_apps.proteins.trained import Trained
+from headway_apps.training import precision
+from headway_apps.training.average import Average
+from headway_apps.training.checkpoints import Checkpoint, Checkpoints
+from headway_apps.training.rates import Rate
+from headway_apps.training.trackers import Trackers
+
+MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+MAY_CHANGE = ("every", "keep", "look", "run.steps", "run.device", "run.compile", "run.checkpointing", "run.shard")
+"""Keys of a config with which a run may go on: the others would make another run of it."""
+
+Told = Callable[[str], None]
+
+
+class TrainingError(HeadwayError, RuntimeError):
+    """A run cannot begin, or cannot go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    loss: float
+    """Nats per residue of the last steps that were logged."""
+    best: float | None
+    """Least nats per residue of the part that was held out."""
+    folder: Path
+
+
+def train(config: Config, run: Path, *, resume: bool = False, told: Told = lambda _: None) -> Outcome:
+    """Train into the folder `run`, which is new, or with `resume` goes on from its last checkpoint."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        trainer = Trainer(config, run, resume=resume, told=told)
+        try:
+            return trainer.steps()
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One process's part of a run."""
+
+    def __init__(self, config: Config, run: Path, *, resume: bool, told: Told) -> None:
+        self.config, self.run = config, run
+        self.accelerator = _accelerator(config)
+        self.device = self.accelerator.device
+        self.is_first = self.accelerator.is_main_process
+        self.told: Told = told if self.is_first else lambda _: None
+        prepared = Prepared(Path(config.data.folder))
+        self.part = prepared["train"]
+        self.looked_at = prepared[config.look.part]
+        symbols, noise = config.data.symbols, config.noise
+        letters = "".join(sorted({*self.part.letters, *self.looked_at.letters}))
+        torch.manual_seed(seed_of(config.run.seed, 0, "weights"))
+        self.bare = DiT(config.network)
+        self.bare.checkpointing = config.run.checkpointing
+        self.objective = Objective(
+            noise.of(symbols, letters), noise.levels, config.curriculum.curriculum, noise.loss, config.run.seed
+        )
+        self.checkpoints = Checkpoints(run / "checkpoints", config.keep.checkpoints)
+        begun = self._begun(resume)
+        if begun is not None:
+            self.bare.load_state_dict(begun.tensors("model"))
+        optimizer = torch.optim.AdamW(
+            self.bare.parameters(), config.optim.lr, betas=(config.optim.betas[0], config.optim.betas[1]),
+            weight_decay=config.optim.weight_decay, fused=self.device.type == "cuda",
+        )  # fmt: skip
+        if config.run.compile:
+            for block in (*self.bare.blocks, self.bare.head):
+                block.compile(dynamic=True)
+        self.model, self.optimizer = self.accelerator.prepare(self.bare.train(), optimizer)
+        self.bare = self.accelerator.unwrap_model(self.model)
+        self.average = None if config.optim.average is None else Average(self.bare, config.optim.average)
+        self.rate = Rate(config.optim.lr, config.optim.warmup, config.run.steps, config.optim.least * config.optim.lr)
+        self.trained = Trained(self.bare, symbols, self.objective.graph, noise.levels, _histogram(self.part))
+        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        if config.batch.per_step % self.ranks:
+            raise TrainingError(
+                f"got {config.batch.per_step} batches a step for {self.ranks} processes, takes a multiple of those:"
+                f" batch.per_step={self.ranks * math.ceil(config.batch.per_step / self.ranks)}"
+            )
+        self.batches = Batches(
+            self.part, symbols, config.batch.tokens, seed=config.run.seed, buckets=config.batch.buckets,
+            per_step=config.batch.per_step, rank=self.rank, ranks=self.ranks,
+        )  # fmt: skip
+        self.step = self.updates = 0
+        self.best: float | None = None
+        self.score: float | None = None
+        if begun is not None:
+            self._restore(begun)
+        self.place: dict[str, Any] = self.batches.state_dict()
+        self.ahead = Ahead(self.batches, config.batch.per_step // self.ranks, pinned=self.device.type == "cuda")
+        self.tracker = self._tracker() if self.is_first else None
+        self.recent: deque[tuple[int, list[Tensor]]] = deque(maxlen=config.every.log)
+        self.window = _Window(self.device)
+
+    # -- beginning and ending -----------------------------------------------------------------------------------------
+
+    def _begun(self, resume: bool) -> Checkpoint | None:
+        found = self.checkpoints.latest()
+        if resume and found is None:
+            raise TrainingError(f"got --resume for {self.run}, which has no checkpoint; begin it without --resume")
+        if not resume:
+            if found is not None:
+                raise TrainingError(
+                    f"got {self.run}, which has checkpoints up to step {found.step}, takes a new folder; go on with"
+                    " --resume, or give another"
+                )
+            return None
+        assert found is not None
+        was, now = (_flat(each) for each in (found.state["config"], self.config.model_dump()))
+        if found.state["data"] != self.part.fingerprint:
+            raise TrainingError(f"got other data than {self.run} was trained on; give the folder it was prepared in")
+        differ = [key for key in now if now[key] != was.get(key) and not key.startswith(MAY_CHANGE)]
+        differ = [key for key in differ if key != "data.folder"]
+        if differ:
+            told = "; ".join(f"{key} was {was.get(key)!r}, is {now[key]!r}" for key in differ)
+            raise TrainingError(f"got another config than {self.run} was begun with ({told}); begin a new run with it")
+        self.told(f"going on after step {found.step}")
+        return found
+
+    def _restore(self, begun: Checkpoint) -> None:
+        kept = begun.state
+        self.step, self.updates, self.best = begun.step, kept["updates"], kept["best"]
+        state.give_optimizer(self.model, self.optimizer.optimizer, begun.tensors("optimizer"))
+        if self.average is not None:
+            self.average.load(state.divided(begun.tensors("average"), self.average.weights), kept["averaged"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(kept["scaler"])
+        self.batches.load_state_dict(kept["place"])
+
+    def _tracker(self) -> Trackers:
+        self.run.mkdir(parents=True, exist_ok=True)
+        (self.run / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        keep = self.config.keep
+        name = keep.name or self.run.name
+        return Trackers(keep.trackers, self.run, keep.project, name, _flat(self.config.model_dump()), after=self.step)
+
+    def close(self) -> None:
+        if hasattr(self, "ahead"):
+            self.ahead.close()
+        if getattr(self, "tracker", None) is not None:
+            self.tracker.close()  # type: ignore[union-attr]
+        self.accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Outcome:
+        """To the last step of the config."""
+        config, every = self.config, self.config.every
+        loss = math.nan
+        while self.step < config.run.steps:
+            self._one()
+            last = self.step == config.run.steps
+            if last or not self.step % every.log:
+                loss = self._log()
+            if last or not self.step % every.evaluate:
+                self._check()
+                self._evaluate()
+            if config.look.samples and (last or not self.step % every.samples):
+                self._sample()
+            if last or not self.step % every.save:
+                self._check()
+                self._save()
+        if self.tracker is not None:
+            self.tracker.log(
+                {"summary/final_step": self.step, "summary/final_train_loss": loss, "summary/training_completed": True}
+                | ({} if self.best is None else {"summary/best_loss": self.best}),
+                self.step,
+            )
+        return Outcome(self.step, loss, self.best, self.run)
+
+    def _one(self) -> None:
+        """One step of the optimizer."""
+        self.score = None
+        ready = next(self.ahead)
+        self.recent.append((self.step, [each.index for each in ready.batches]))
+        residues = sum(each.residues for each in ready.batches)
+        whole = torch.tensor(residues, device=self.device)
+        if self.ranks > 1:
+            whole = self.accelerator.reduce(whole)
+        rate = self.rate(self.updates + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        nats = torch.zeros((), device=self.device)
+        for at, batch in enumerate(ready.batches):
+            last = at == len(ready.batches) - 1
+            number = self.step * self.config.batch.per_step + at * self.ranks + self.rank
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                # Gradients are averaged over processes, but a step's loss is one mean over all its residues.
+                nats += self._backward(batch, number, self.ranks / whole)
+        bound = math.inf if self.config.optim.clip is None else self.config.optim.clip
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), bound)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.place = ready.place
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.updates += 1
+            if self.average is not None:
+                self.average.update(self.bare)
+        self.window.add(nats, residues, sum(len(each.lengths) for each in ready.batches), norm, self.step)
+        self.window.rate, self.window.epoch = rate, ready.epoch
+
+    def _backward(self, batch: Batch, number: int, share: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            packed = self.bare.pack(batch.tokens, batch.lengths)
+        batch = batch.to(self.device, non_blocking=True)
+        try:
+            nats = self.objective.nats(lambda x, level: self.model(x, level, packed), batch, self.step, number)
+            self.accelerator.backward(nats * share)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory at step {self.step} with a batch of {batch.tokens.numel():,} tokens, the longest"
+                f" sequence {int(batch.lengths.max()):,}: lower batch.tokens and raise batch.per_step, or set"
+                f" run.checkpointing ({str(error).splitlines()[0]})"
+            ) from error
+        return nats.detach()
+
+    # -- in between ---------------------------------------------------------------------------------------------------
+
+    def _log(self) -> float:
+        values = self.window.told(self.accelerator, self.step)
+        self._check()
+        if self.tracker is not None:
+            self.tracker.log(values, self.step)
+        self.told(
+            f"step {self.step:,} of {self.config.run.steps:,}  loss {values['train/loss']:.4f}"
+            f"  {values['train/residues_per_second']:,.0f} residues/s"
+            f"  {_left(values['train/batch_time'] * (self.config.run.steps - self.step))} left"
+        )
+        return float(values["train/loss"])
+
+    def _check(self) -> None:
+        """Stop where the loss was no number in any step since the last look."""
+        wrong = self.window.first_wrong(self.accelerator)
+        if wrong is None:
+            return
+        indices = next(([int(i) for each in found for i in each] for step, found in self.recent if step == wrong), [])
+        last = self.checkpoints.latest()
+        told = f"the last checkpoint is of step {last.step}: {last.folder}" if last else "there is no checkpoint yet"
+        raise TrainingError(
+            f"the loss is no number at step {wrong}, in a batch of the sequences {indices[:20]} of {self.part.name}"
+            f"{' and more' if len(indices) > 20 else ''}; {told}. Lower optim.lr, raise optim.warmup, or take"
+            " run.precision=float32"
+        )
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[Trained]:
+        """With the averaged weights."""
+        with contextlib.nullcontext() if self.average is None else self.average.applied(self.bare):
+            yield self.trained
+
+    def _evaluate(self) -> None:
+        look = self.config.look
+        with self._looking() as trained:
+            bound = likelihood(
+                trained, self.looked_at, tokens=self.config.batch.tokens, draws=look.draws, seed=self.config.run.seed,
+                sequences=look.sequences,
+            )  # fmt: skip
+        loss = bound.per_residue
+        self.best = loss if self.best is None else min(self.best, loss)
+        self.told(f"step {self.step:,}  held out {loss:.4f} nats per residue, perplexity {bound.perplexity:.3f}")
+        if self.tracker is not None:
+            values = {"val/loss": loss, "val/perplexity": bound.perplexity, "val/best_loss": self.best}
+            self.tracker.log(values, self.step)
+        self.score = loss
+
+    def _sample(self) -> None:
+        with self._looking() as trained:
+            seed = seed_of(self.config.run.seed, self.step, "samples")
+            lengths = draw(trained.lengths, self.config.look.samples, seed)
+            found = generate(trained, lengths, seed=seed).proteins
+        if self.tracker is not None:
+            folder = self.run / "samples"
+            folder.mkdir(exist_ok=True)
+            save(folder / f"step-{self.step:09d}.fasta", found, seed=seed, sampler="first-hitting", force=True)
+            self.tracker.log(
+                {"samples/generated_proteins": found[:5], "samples/avg_length": sum(map(len, found)) / len(found)},
+                self.step,
+            )
+
+    def _save(self) -> None:
+        files = {
+            "model": state.weights_of(self.model),
+            "optimizer": state.optimizer_of(self.model, self.optimizer.optimizer),
+        }
+        kept = {
+            "config": self.config.model_dump(), "trained": self.trained.told(), "data": self.part.fingerprint,
+            "updates": self.updates, "best": self.best, "place": self.place,
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+        }  # fmt: skip
+        if self.average is not None:
+            files["average"], kept["averaged"] = state.whole(self.average.weights), self.average.count
+        if self.tracker is not None:
+            self.checkpoints.save(self.step, files, kept, score=self.score)
+            told = {"checkpoint/step": self.step, "checkpoint/is_best": int(self.score == self.best is not None)}
+            scores = {"checkpoint/current_loss": self.score, "checkpoint/best_loss": self.best}
+            self.tracker.log(told | {name: value for name, value in scores.items() if value is not None}, self.step)
+        self.accelerator.wait_for_everyone()
+
+
+class _Window:
+    """Sums over the steps since the last log. They stay on the device until they are told."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.wrong = torch.full((), -1, device=device)
+        self.rate = self.epoch = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.nats = torch.zeros(
+            (), dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device
+        )
+        self.residues = self.sequences = self.steps = 0
+        self.norm: Tensor | None = None
+        self.since = time.perf_counter()
+
+    def add(self, nats: Tensor, residues: int, sequences: int, norm: Tensor | None, step: int) -> None:
+        self.nats += nats
+        self.residues, self.sequences, self.steps = self.residues + residues, self.sequences + sequences, self.steps + 1
+        self.norm = norm
+        self.wrong = torch.where((self.wrong < 0) & ~nats.isfinite(), step - 1, self.wrong)
+
+    def first_wrong(self, accelerator: Accelerator) -> int | None:
+        wrong = accelerator.gather(self.wrong.view(1)) if accelerator.num_processes > 1 else self.wrong.view(1)
+        found = [int(each) for each in wrong.tolist() if each >= 0]
+        return min(found) if found else None
+
+    def told(self, accelerator: Accelerator, step: int) -> dict[str, Any]:
+        """Of all processes, by the names under which they are tracked; then the sums begin anew."""
+        counts = torch.tensor([self.residues, self.sequences], device=self.device)
+        nats = self.nats
+        if accelerator.num_processes > 1:
+            nats, counts = accelerator.reduce(nats), accelerator.reduce(counts)
+        loss, (residues, sequences) = float(nats), counts.tolist()
+        seconds = time.perf_counter() - self.since
+        found = {
+            "train/step": step, "train/loss": loss / residues, "train/learning_rate": self.rate, "train/epoch": self.epoch,
+            "train/grad_norm": math.nan if self.norm is None else float(self.norm),
+            "train/batch_time": seconds / self.steps, "train/samples_per_second": sequences / seconds,
+            "train/residues_per_second": residues / seconds,
+        }  # fmt: skip
+        if self.device.type == "cuda":
+            found["system/gpu_memory_allocated_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            found["system/gpu_memory_reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / 1e9
+        self._begin()
+        return found
+
+
+def _accelerator(config: Config) -> Accelerator:
+    device = precision.device(config.run.device)
+    chosen = precision.chosen(device, config.run.precision)
+    plugin = None
+    if config.run.shard:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+        )
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=MIXED[chosen.dtype],
+        fsdp_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def _histogram(part: Part) -> dict[int, int]:
+    return {int(length): count for length, count in sorted(Counter(part.lengths().tolist()).items())}
+
+
+def _flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested sections as 'section.key'."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{at}{name}.") if isinstance(value, dict) else {at + name: value}
+    return found
+
+
+def _left(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

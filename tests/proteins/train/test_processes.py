@@ -1,0 +1,107 @@
+"""Runs as processes: several do what one does, and one that is killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from proteins.train.runs import CONFIG, command, environment, weights
+
+from headway_apps.training.checkpoints import Checkpoints
+from headway_apps.training.trackers import read
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def file(data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.format(data=data))
+    return path
+
+
+def losses(run: Path) -> list[float]:
+    return [line[name] for line in read(run / "metrics.jsonl") for name in ("train/loss", "val/loss") if name in line]
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_do_what_one_does(file: Path, tmp_path: Path, shard: bool) -> None:
+    one = command("train", file, "--run", tmp_path / "one")
+    two = command("train", file, "--run", tmp_path / "two", "--set", f"run.shard={str(shard).lower()}", processes=2)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert len(losses(tmp_path / "one")) == 5
+    assert two.stderr.count("step 8 of 8") == 1, "one process tells"
+    first, second = (Checkpoints(tmp_path / name / "checkpoints").at(8) for name in ("one", "two"))
+    for kind in ("model", "average", "optimizer"):
+        ours, theirs = first.tensors(kind), second.tensors(kind)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert (ours[name] - theirs[name]).abs().max() <= 1e-4, name
+
+
+def test_one_process_goes_on_with_what_two_began(file: Path, tmp_path: Path) -> None:
+    assert command("train", file, "--run", tmp_path / "one").returncode == 0
+    begun = command("train", file, "--run", tmp_path / "two", "--set", "run.steps=4", processes=2)
+    assert begun.returncode == 0, begun.stderr
+    # The rate's horizon is of the whole run: what was trained to step 4 of 4 had another.
+    gone_on = command("train", file, "--run", tmp_path / "two", "--resume")
+    assert gone_on.returncode == 0, gone_on.stderr
+    assert Checkpoints(tmp_path / "two" / "checkpoints").steps() == [4, 8]
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(file: Path, tmp_path: Path) -> None:
+    changes = ["--set", "every.save=1", "--set", "look.samples=0", "--set", "run.steps=30", "--set", "every.evaluate=30"]
+    assert command("train", file, "--run", tmp_path / "whole", *changes).returncode == 0
+    run, moments = tmp_path / "parts", random.Random(0)
+    words = [sys.executable, "-m", "headway_apps.proteins", "train", str(file), "--run", str(run), *changes]
+    kills = 0
+    for _ in range(60):
+        begun = bool(Checkpoints(run / "checkpoints").steps())
+        going = subprocess.Popen(
+            [*words, *(["--resume"] if begun else [])], stderr=subprocess.PIPE, text=True, env=environment()
+        )
+        assert going.stderr is not None
+        for line in going.stderr:  # it has begun to train, or to go on
+            if re.search(r"^step|going on", line):
+                break
+        time.sleep(moments.uniform(0, 0.3))
+        if going.poll() is None:
+            going.send_signal(signal.SIGKILL)
+            kills += 1
+        told = going.stderr.read()
+        if going.wait() == 0:
+            break
+        assert going.returncode == -signal.SIGKILL, told
+    assert kills >= 3
+    assert weights(run, 30) == weights(tmp_path / "whole", 30)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--set", "optim.lrr=1"], "optim.lrr is unknown"),
+        (["--set", "run.device=cuda:7"], "cuda:7"),
+        (["--set", "data.folder=/nowhere"], "/nowhere"),
+        (["--resume"], "has no checkpoint"),
+    ],
+)
+def test_what_fails_is_one_line_and_an_exit_status(file: Path, tmp_path: Path, words: list[str], told: str) -> None:
+    done = command("train", file, "--run", tmp_path / "run", *words)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_a_config_is_shown_whole(file: Path) -> None:
+    done = command("show", file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# ")
+    assert "average: 0.9" in done.stdout
