@@ -49,7 +49,7 @@ class Checkpoint:
             raise CheckpointError(f"got {name!r} of {self.folder}, takes one of {', '.join(self.files)}")
         with _refused(self.folder):
             _compare(self.folder, name, self.files[name])
-            return load_file(_file(self.folder, name), str(device))
+        return load_file(_file(self.folder, name), str(device))
 
 
 class Checkpoints:
@@ -214,7 +214,7 @@ def _refused(folder: Path) -> Iterator[None]:
     """Damage becomes a refusal that names the step to go back to."""
     try:
         yield
-    except (_Damage, OSError, SafetensorError) as error:
+    except (_Damage, OSError) as error:
         raise CheckpointError(f"got {folder}, which is damaged: {error}; {_remedy(folder)}") from error
 
 
