@@ -43,9 +43,6 @@ def failures() -> Iterator[None]:
         raise _exit(f"{named}{error.strerror or error}") from error
 
 
-failures_told = failures
-
-
 def _exit(told: str) -> typer.Exit:
     typer.echo(f"error: {' '.join(told.split())}", err=True)
     return typer.Exit(1)

@@ -1,0 +1,39 @@
+"""Without the extras the commands can be asked what they do; one that needs a package names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SRC = Path(__file__).parents[3] / "src"
+SCRIPT = """
+import json, sys
+for each in "accelerate matplotlib pyarrow safetensors tensorboard trackio wandb yaml".split():
+    sys.modules[each] = None
+from typer.testing import CliRunner
+from headway_apps.proteins.cli import app
+def run(*arguments):
+    done = CliRunner().invoke(app, arguments)
+    return done.exit_code, done.stderr
+names = [each.name for each in app.registered_commands]
+calls = [["prepare", "x.fasta", "--out", "x"], ["sample", "model", "--out", "x.fasta"]]
+print(json.dumps([[run(each, "--help") for each in names], [run(*each) for each in calls]]))
+"""
+
+
+def test_help_needs_no_extra_and_work_names_the_one_that_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(SRC)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    asked, called = json.loads(done.stdout)
+    assert len(asked) >= 6
+    assert asked == [[0, ""]] * len(asked)
+    assert called == [
+        [1, f"error: got no package {package}, which this command takes; pip install 'headway[proteins]'\n"]
+        for package in ("pyarrow", "safetensors")
+    ]
