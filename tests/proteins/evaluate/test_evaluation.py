@@ -30,7 +30,8 @@ def test_every_number_is_there_or_its_absence_has_a_reason(data: Prepared, tmp_p
     assert found.statistics[0].valid == pytest.approx(2 / 3)
     assert all(each.nearness is not None for each in found.statistics)
     assert found.likelihood.sequences == found.likelihood.of_sequences == 24
-    assert found.attention.backend in found.attention.whole
+    assert [each.gradients for each in found.attention] == [False, True]
+    assert all(each.whole.startswith(each.backend) for each in found.attention)
     assert found.absent == {}
     found.save(tmp_path / "evaluation.json")
     assert Evaluation.load(tmp_path / "evaluation.json") == found

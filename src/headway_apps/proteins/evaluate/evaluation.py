@@ -26,6 +26,7 @@ from headway_apps.proteins.evaluate.ngrams import Baseline, baselines
 from headway_apps.proteins.evaluate.references import references
 from headway_apps.proteins.evaluate.statistics import Nearness, Statistics, statistics
 from headway_apps.proteins.trained import Trained
+from headway_apps.training import precision
 
 VERSION = 1
 TOKENS = 16_384
@@ -72,7 +73,8 @@ class Evaluation:
     data: dict[str, Any]
     likelihood: Likelihood
     baselines: list[Baseline]
-    attention: Attention
+    attention: list[Attention]
+    """As this evaluation ran, and as training would run on the same device."""
     statistics: list[Statistics]
     """The samples' row and then the references'; empty where there are no samples."""
     samples: str | None
@@ -100,7 +102,7 @@ class Evaluation:
             if (version := told.pop("version")) != VERSION:
                 raise DataError(f"got {path} of version {version}, takes {VERSION}; evaluate again")
             told["likelihood"] = Likelihood(**told["likelihood"])
-            told["attention"] = Attention(**told["attention"])
+            told["attention"] = [Attention(**each) for each in told["attention"]]
             told["baselines"] = [Baseline(**each) for each in told["baselines"]]
             told["statistics"] = [_statistics(each) for each in told["statistics"]]
             return cls(**told)
@@ -163,7 +165,10 @@ def evaluate(
             sequences=len(bound.nats), of_sequences=len(held_out), residues=sum(bound.residues), draws=draws, seed=seed,
         ),
         baselines=baselines(train, held_out, seed=seed),
-        attention=attention_of(trained.model.config, _batch_of(held_out, tokens), where),
+        attention=[
+            attention_of(trained.model.config, _batch_of(held_out, tokens), where, dtype, gradients)
+            for dtype, gradients in ((torch.float32, False), (precision.chosen(where).dtype, True))
+        ],
         statistics=rows,
         samples=None if samples is None else samples.origin,
         first=[] if samples is None else samples.proteins[:SHOWN],
