@@ -85,9 +85,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Those that can be seen, ascending."""
-        return sorted(
-            int(each.name[5:]) for each in self.folder.glob("step-*") if re.fullmatch(r"step-\d{9,}", each.name)
-        )
+        return sorted(_step(each) for each in self.folder.glob("step-*") if re.fullmatch(r"step-\d{9,}", each.name))
 
     def at(self, step: int) -> Checkpoint:
         if step not in (steps := self.steps()):
@@ -219,9 +217,9 @@ def _refused(folder: Path) -> Iterator[None]:
 
 
 def _remedy(folder: Path) -> str:
-    for earlier in reversed(Checkpoints(folder.parent).steps()):
-        path = Checkpoints(folder.parent)._path(earlier)
-        if path.name < folder.name and _is_whole(path):
+    there = Checkpoints(folder.parent)
+    for earlier in reversed(there.steps()):
+        if earlier < _step(folder) and _is_whole(there._path(earlier)):
             return f"step {earlier} before it is whole: go back to that, or copy this one again"
     return "no step before it is whole: copy it again, or begin anew in another folder"
 
@@ -258,6 +256,10 @@ def _open(folder: Path) -> Checkpoint:
 def _compare(folder: Path, name: str, told: Mapping[str, Any]) -> None:
     if folders.sha256(_file(folder, name)) != told["sha256"]:
         raise _Damage(f"{name}.safetensors changed since it was written")
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _file(folder: Path, name: str) -> Path:
