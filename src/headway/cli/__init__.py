@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
@@ -25,6 +26,8 @@ app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 app.command("explain")(explain.command)
 app.command("support")(support.command)
+for entry in sorted(entry_points(group="headway.commands")):
+    app.add_typer(entry.load(), name=entry.name)  # applications that are installed, such as headway_apps.proteins
 
 
 def _print_version(asked: bool) -> None:

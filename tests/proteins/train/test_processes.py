@@ -57,7 +57,16 @@ def test_one_process_goes_on_with_what_two_began(file: Path, tmp_path: Path) -> 
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(file: Path, tmp_path: Path) -> None:
-    changes = ["--set", "every.save=1", "--set", "look.samples=0", "--set", "run.steps=30", "--set", "every.evaluate=30"]
+    changes = [
+        "--set",
+        "every.save=1",
+        "--set",
+        "look.samples=0",
+        "--set",
+        "run.steps=30",
+        "--set",
+        "every.evaluate=30",
+    ]
     assert command("train", file, "--run", tmp_path / "whole", *changes).returncode == 0
     run, moments = tmp_path / "parts", random.Random(0)
     words = [sys.executable, "-m", "headway_apps.proteins", "train", str(file), "--run", str(run), *changes]

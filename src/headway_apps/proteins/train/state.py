@@ -40,13 +40,13 @@ def divided(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[s
 
 def optimizer_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Its tensors, as 'weight/what'; numbers such as the learning rate are the config's."""
-    held = get_optimizer_state_dict(model, optimizer, options=FULL)
+    held: Any = get_optimizer_state_dict(model, optimizer, options=FULL)
     return {f"{name}/{what}": value for name, each in held.get("state", {}).items() for what, value in each.items()}
 
 
 def give_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     held: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
-    state: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Any] = {}
     for name, value in tensors.items():
         weight, _, what = name.rpartition("/")
         state.setdefault(weight, {})[what] = value
