@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import random
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,40 +52,37 @@ def test_one_process_goes_on_with_what_two_began(file: Path, tmp_path: Path) -> 
     assert Checkpoints(tmp_path / "two" / "checkpoints").steps() == [4, 8]
 
 
-def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(file: Path, tmp_path: Path) -> None:
-    changes = [
-        "--set",
-        "every.save=1",
-        "--set",
-        "look.samples=0",
-        "--set",
-        "run.steps=30",
-        "--set",
-        "every.evaluate=30",
-    ]
-    assert command("train", file, "--run", tmp_path / "whole", *changes).returncode == 0
-    run, moments = tmp_path / "parts", random.Random(0)
-    words = [sys.executable, "-m", "headway_apps.proteins", "train", str(file), "--run", str(run), *changes]
-    kills = 0
-    for _ in range(60):
-        begun = bool(Checkpoints(run / "checkpoints").steps())
-        going = subprocess.Popen(
-            [*words, *(["--resume"] if begun else [])], stderr=subprocess.PIPE, text=True, env=environment()
-        )
-        assert going.stderr is not None
-        for line in going.stderr:  # it has begun to train, or to go on
-            if re.search(r"^step|going on", line):
-                break
-        time.sleep(moments.uniform(0, 0.3))
-        if going.poll() is None:
-            going.send_signal(signal.SIGKILL)
-            kills += 1
-        told = going.stderr.read()
-        if going.wait() == 0:
-            break
-        assert going.returncode == -signal.SIGKILL, told
-    assert kills >= 3
-    assert weights(run, 30) == weights(tmp_path / "whole", 30)
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from headway_apps.proteins.config import read
+from headway_apps.proteins.train.trainer import train
+config = read(Path(sys.argv[1]), ["every.save=1", "every.log=1", "look.samples=0", "run.steps=40", "every.evaluate=40"])
+moments, kills = random.Random(0), 0
+for turn in range(1000):
+    child = os.fork()
+    if not child:
+        run = Path(sys.argv[2 if turn else 3])
+        train(config, run, resume=any(run.glob("checkpoints/step-*")))
+        os._exit(0)
+    if turn and kills < 50:
+        time.sleep(moments.uniform(0, 1.0))
+        os.kill(child, signal.SIGKILL)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    kills += ended == -signal.SIGKILL
+    if turn and ended == 0:
+        break
+print(kills)
+"""
+
+
+def test_a_run_that_is_killed_at_fifty_moments_is_the_run_that_was_not(file: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [sys.executable, "-c", KILLED, str(file), str(parts), str(whole)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
+    assert weights(parts, 40) == weights(whole, 40)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ class Objective:
         if self.loss == "cross-entropy":
             each = cross_entropy(*given, weight=schedule.reveal(times)[batch.document].float())
         else:
-            weights = (f[batch.document].float() for f in (level, schedule.rate(times)))
-            each = dwdse(*given, **dict(zip(("sigma_bar", "rate"), weights, strict=True)))
+            levels, rates = (each[batch.document].float() for each in (level, schedule.rate(times)))
+            each = dwdse(*given, sigma_bar=levels, rate=rates)
         return each.sum()
 
 

@@ -20,7 +20,8 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return dict(get_model_state_dict(model, options=FULL))
+    held: Any = get_model_state_dict(model, options=FULL)
+    return dict(held)
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -370,7 +370,8 @@ class _Window:
         loss, (residues, sequences) = float(nats), counts.tolist()
         seconds = time.perf_counter() - self.since
         found = {
-            "train/step": step, "train/loss": loss / residues, "train/learning_rate": self.rate, "train/epoch": self.epoch,
+            "train/step": step, "train/epoch": self.epoch,
+            "train/loss": loss / residues, "train/learning_rate": self.rate,
             "train/grad_norm": math.nan if self.norm is None else float(self.norm),
             "train/batch_time": seconds / self.steps, "train/samples_per_second": sequences / seconds,
             "train/residues_per_second": residues / seconds,
