@@ -143,17 +143,22 @@ def test_a_folder_that_is_there_is_left_alone(fasta: Path, tmp_path: Path) -> No
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_it_runs_from_any_folder_and_asks_nothing(fasta: Path) -> None:
+def test_it_runs_from_any_folder(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (fasta.parent / "elsewhere").mkdir()
-    for name, code in (("some.fasta", 0), ("no.fasta", 1)):
-        done = subprocess.run(
-            [sys.executable, "-m", "headway_apps.proteins", "prepare", f"../{name}", "--out", "out"],
-            cwd=fasta.parent / "elsewhere",
-            env={**os.environ, "PYTHONPATH": str(SRC)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == code
-        assert done.stderr == ("" if code == 0 else "error: cannot read ../no.fasta: No such file or directory\n")
+    monkeypatch.chdir(fasta.parent / "elsewhere")
+    assert prepare("../some.fasta", "--out", "out").exit_code == 0
     assert len(Prepared(fasta.parent / "elsewhere" / "out")["train"]) == 76
+
+
+def test_the_process_itself_fails_and_asks_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "headway_apps.proteins", "prepare", "no.fasta", "--out", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: cannot read no.fasta: No such file or directory\n"
+    assert not list(tmp_path.iterdir())

@@ -88,7 +88,7 @@ def test_the_seed_and_the_budget_decide(model: Path) -> None:
 
     one = drawn("--seed", 3)
     assert drawn("--seed", 3) == one
-    assert drawn("--seed", 4) != one
+    assert [len(each) for each in drawn("--seed", 4)] != [len(each) for each in one]
     assert [len(each) for each in drawn("--seed", 3, "--tokens", 20)] == [len(each) for each in one]
 
 

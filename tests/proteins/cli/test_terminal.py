@@ -27,7 +27,7 @@ def run(error: BaseException) -> Result:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (DataError("got a, takes b"), "got a, takes b"),
+        (DataError("got a, takes b\n  asked  c"), "got a, takes b asked c"),
         (FileNotFoundError(2, "No such file or directory", "x.fasta"), "x.fasta: No such file or directory"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (

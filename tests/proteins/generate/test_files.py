@@ -54,5 +54,9 @@ def test_what_breaks_off_leaves_what_was_there_alone(tmp_path: Path, monkeypatch
 def test_a_place_without_a_folder_is_known_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="in a folder that is there"):
         check(tmp_path / "no" / "new.fasta")
-    with pytest.raises(DataError, match="there already"):
-        check(tmp_path, force=True)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "."])
+def test_what_is_no_file_is_never_replaced(path: str) -> None:
+    with pytest.raises(DataError, match="is no file"):
+        check(Path(path), force=True)

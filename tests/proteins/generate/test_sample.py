@@ -106,7 +106,25 @@ def test_calls_are_those_of_the_network_and_told_as_they_are_made(tokens: int, b
 
 
 def test_stepped_samplers_ask_once_a_step_and_once_more() -> None:
-    assert generate(tiny.untrained(), [9, 30], sampler="analytic", steps=6).calls == 7
+    told: list[tuple[str, int, int | None]] = []
+    made = generate(
+        tiny.untrained(), [9, 30], sampler="analytic", steps=6, tokens=20, progress=lambda *each: told.append(each)
+    )
+    assert told == [("network calls", at, 14) for at in range(1, 15)]
+    assert made.calls == 14
+
+
+def test_the_network_packs_once_a_batch_and_for_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, grads = tiny.untrained(), []
+    pack = model.model.pack
+
+    def watched(*given: torch.Tensor) -> object:
+        grads.append(torch.is_grad_enabled())
+        return pack(*given)
+
+    monkeypatch.setattr(model.model, "pack", watched)
+    generate(model, [9, 30], tokens=20)
+    assert grads == [False, False]
 
 
 def test_no_batch_is_over_its_budget() -> None:

@@ -14,7 +14,9 @@ from headway_apps.proteins.errors import DataError
 
 def check(path: Path, *, force: bool = False) -> None:
     """Raise where no file can be written: better before the work than after it."""
-    if path.is_dir() or (path.exists() and not force):
+    if path.exists() and not path.is_file():
+        raise DataError(f"got {path}, which is no file, takes the name of one; give another")
+    if path.exists() and not force:
         raise DataError(f"got {path}, which is there already, takes a new file; give another name, or --force")
     if not path.absolute().parent.is_dir():
         raise DataError(f"got {path}, takes a file in a folder that is there; make {path.parent}")
