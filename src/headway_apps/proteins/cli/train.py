@@ -12,7 +12,7 @@ from headway_apps.proteins.cli.terminal import failures
 
 def command(
     config: Annotated[Path, typer.Argument(help="a YAML file; `headway proteins show` prints what it means")],
-    run: Annotated[Path, typer.Option(help="folder of the run: new, or with --resume one that was begun")],
+    out: Annotated[Path, typer.Option(help="folder of the run: new, or with --resume one that was begun")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="a key and its value in place of the file's: optim.lr=1e-4")
     ] = None,
@@ -23,6 +23,6 @@ def command(
         from headway_apps.proteins.config import read
         from headway_apps.proteins.train.trainer import train
 
-        done = train(read(config, set_ or ()), run, resume=resume, told=lambda line: typer.echo(line, err=True))
+        done = train(read(config, set_ or ()), out, resume=resume, told=lambda line: typer.echo(line, err=True))
         best = "" if done.best is None else f", at best {done.best:.4f} nats per residue held out"
         typer.echo(f"{done.folder}: {done.step:,} steps{best}")
