@@ -72,7 +72,6 @@ def test_what_is_no_protein_is_counted() -> None:
     assert found.valid == 0.25
     assert (found.length_min, found.length_max) == (0, 4)
     assert found.longest_run == 1
-    assert statistics("it", ["ACD", "ACD"], ["ACD"], valid=0.5).valid == 0.5
 
 
 @pytest.mark.parametrize("proteins, reference", [([], ["A"]), (["A"], []), (["??"], ["A"])])

@@ -83,8 +83,7 @@ def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens:
     if not count:
         return None
     made = generate(trained, lengths.draw(trained.lengths, count, seed), seed=seed, tokens=tokens, progress=tell)
-    # `generate` raises where a token is anything but a residue
-    return Samples(made.proteins, f"drawn by first-hitting in {made.calls:,} calls, seed {seed}", valid=1.0)
+    return Samples(made.proteins, f"drawn by first-hitting in {made.calls:,} calls, seed {seed}")
 
 
 def show(found: Evaluation, console: Console) -> None:
@@ -103,6 +102,8 @@ def show(found: Evaluation, console: Console) -> None:
     if found.statistics:
         console.print(_table(found.statistics))
         console.print(f"Samples: {found.samples}. Distances are to another half of {part}.")
+    ran = found.attention[0]
+    console.print(f"Attention: {ran.backend} on {ran.device}, {ran.why}.", markup=False)
     for what, why in found.absent.items():
         console.print(f"No {what.replace('_', ' ')}: {why}.", markup=False)
 

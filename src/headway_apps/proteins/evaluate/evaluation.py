@@ -59,8 +59,6 @@ class Samples:
 
     proteins: list[str]
     origin: str
-    valid: float | None = None
-    """Share of those made whose token ids were letters and nothing else; None where no ids are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,13 +198,7 @@ def compared(
         )
         all_of = dict(zip(unique, done, strict=True))
         near = {name: [all_of[each] for each in row if each] for name, row in rows.items()}
-    return [
-        statistics(
-            name, row, found.compared_with, valid=samples.valid if name == "samples" else None,
-            identities=near.get(name),
-        )
-        for name, row in rows.items()
-    ]  # fmt: skip
+    return [statistics(name, row, found.compared_with, identities=near.get(name)) for name, row in rows.items()]
 
 
 def _some(part: Part) -> list[str]:

@@ -57,7 +57,8 @@ class Statistics:
     count: int
     residues: int
     valid: float
-    """Share of proteins that have a residue, and nothing but residues: no mask, no padding, no boundary inside."""
+    """Share of proteins that have a letter, and nothing but letters of proteins. No mask or padding is hidden here: to
+    decode ids with one inside raises."""
     kmer_distance: dict[int, float]
     length_distance: float
     length_mean: float
@@ -80,13 +81,9 @@ def statistics(
     proteins: Sequence[str],
     reference: Sequence[str],
     *,
-    valid: float | None = None,
     identities: Sequence[float] | None = None,
 ) -> Statistics:
-    """Of proteins against a reference set. `valid` is known from token ids; without, letters are looked at.
-
-    What is no residue counts in lengths, and in nothing else.
-    """
+    """Of proteins against a reference set. What is no residue counts in lengths, and in nothing else."""
     if not proteins or not reference:
         raise RequestError(f"got {len(proteins)} proteins and a reference of {len(reference)}, takes 1 or more of each")
     lengths = np.array([len(each) for each in proteins])
@@ -102,7 +99,7 @@ def statistics(
         name=name,
         count=len(proteins),
         residues=int(lengths.sum()),
-        valid=float(np.mean([is_valid(each) for each in proteins])) if valid is None else valid,
+        valid=float(np.mean([is_valid(each) for each in proteins])),
         kmer_distance={k: distance(kmer_counts(proteins, k), kmer_counts(reference, k)) for k in KMERS},
         length_distance=length_distance(lengths, np.array([len(each) for each in reference])),
         length_mean=float(lengths.mean()),
