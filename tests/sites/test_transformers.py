@@ -8,6 +8,8 @@ import functools
 import importlib
 import io
 import pickle
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -780,6 +782,58 @@ def test_a_swapped_model_is_copied_saved_and_undone():
         assert other.config._attn_implementation == "sdpa"
         assert all(module.config is other.config for module in attention_of(other))
     assert model.config._attn_implementation == "headway"
+
+
+_LOADS = """
+import sys, warnings, torch
+warnings.simplefilter("ignore")
+model, ids, want = torch.load(sys.argv[1], weights_only=False)
+torch.testing.assert_close(model(ids)[0], want, atol=1e-5, rtol=1e-5)
+from headway.sites.site import site_of
+assert all(site.ticket.runs for site in map(site_of, model.modules()) if site is not None)
+assert any(map(site_of, model.modules()))
+"""
+
+
+@pytest.mark.parametrize("make", [tf.BertModel, tf.LlamaModel])
+def test_a_swapped_model_runs_in_a_process_that_never_swapped(make, tmp_path):
+    config = {tf.BertModel: tf.BertConfig(**BASE), tf.LlamaModel: tf.LlamaConfig(**GQA)}[make]
+    model = make(config).eval()
+    headway.swap(model, ids(2, 9))
+    with torch.no_grad():
+        torch.save((model, ids(2, 9), model(ids(2, 9))[0]), tmp_path / "model.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADS, tmp_path / "model.pt"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("other", ["sdpa", "eager"])
+def test_a_swap_set_aside_by_name_says_so(other):
+    model = decoder("llama")
+    done = headway.swap(model, ids(2, 9))
+    assert "no longer" not in str(done)
+    model.set_attn_implementation(other)
+    said = rf"2 sites no longer run through Headway: attn_implementation was set to '{other}' since; swap again"
+    assert re.search(said, str(done))
+    with pytest.raises(SwapError, match=said):
+        headway.maps(model, ids(2, 9))
+    again = headway.swap(model, ids(2, 9))
+    assert "no longer" not in str(again)
+    assert headway.maps(model, ids(2, 9))["model.layers.0.self_attn"]
+
+
+def test_other_weights_are_checked_in_transformers_too(monkeypatch):
+    model = decoder("llama")
+    headway.swap(model, ids(2, 9))
+    sites = [site for module in model.modules() if (site := site_of(module)) is not None]
+    model(ids(2, 9))
+    assert all(site.ticket.decisions for site in sites)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        each.load_state_dict(model.state_dict())
+        assert not any(site_of(module).ticket.decisions for module in attention_of(each))
+    headway.undo(model)
+    assert not any("_load_from_state_dict" in vars(module) for module in model.modules())
 
 
 def test_a_swapped_models_config_saves_as_before(tmp_path):

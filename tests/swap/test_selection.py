@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headway.errors import SwapError, UnknownNameError
 from headway.swap import inspect, swap
+from headway.swap.verify import verify
+
+
+class ByHand(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.transpose(1, 2)).softmax(-1) @ x
 
 
 class Mine(nn.MultiheadAttention):
@@ -95,8 +102,41 @@ def test_nothing_to_match_in_a_model_without_sites() -> None:
     assert "0 sites" in str(done)
 
 
+@pytest.mark.parametrize(
+    ("made", "wants", "why"),
+    [
+        (nn.Linear(8, 2), {}, "no attention was found"),
+        (nn.MultiheadAttention(8, 2, batch_first=True), {"skip": "*"}, "it is left out by only= or skip="),
+        (nn.Sequential(ByHand(), ByHand()), {}, "it is written by hand"),
+    ],
+    ids=("nothing there", "left out", "by hand"),
+)
+def test_nothing_swapped_says_so_and_why(made: nn.Module, wants: Any, why: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 8)
+    done = swap(made, (x, x, x) if wants else x, **wants)
+    assert done.certificate is not None
+    assert not done.certificate.passed
+    assert why in str(done)
+    assert "nothing was swapped, so there is nothing to prove" in str(done)
+    assert "0 of 0" not in str(done)
+    said = str(verify(done.certificate.save(tmp_path / "certificate.json")))
+    assert "nothing was swapped" in said
+    assert "failed" not in said
+
+
+def test_a_census_of_inspect_does_not_say_that_anything_was_swapped() -> None:
+    said = str(inspect(model(), skip="encoder.*"))
+    assert said.startswith("ModuleDict: 6 sites of attention, of which a swap would take 4")
+    assert f"{SELF}  nn.MultiheadAttention: a swap would take it" in said
+    assert f"{E0}  nn.MultiheadAttention: a swap would leave it alone, because it is left out" in said
+    assert "not run" not in said
+    assert "6 sites of attention, 6 swapped, 0 left alone" in str(swap(model()))
+
+
 def test_an_empty_selection() -> None:
-    assert swap(model(), only=[]).census.swapped == ()
+    for ask in (swap, inspect):
+        with pytest.raises(SwapError, match=r"got only=\[\], which matches no site; the sites are: 'encoder"):
+            ask(model(), only=[])
     assert len(swap(model(), skip=[]).census.swapped) == 6
 
 

@@ -221,6 +221,29 @@ def test_a_print_says_what_has_changed_since() -> None:
     assert "now in" not in str(one)
     model.double()
     assert "proven in float32 on cpu, now in float64 on cpu: each new kind of call is checked as it is made" in str(one)
+    one.undo()
+    assert "1 site no longer runs through Headway: the swap was undone, or the modules replaced" in str(one)
+
+
+WEIGHTS: dict[str, Callable[[nn.Module], Any]] = {
+    "a step": lambda model: torch.optim.SGD(model.parameters(), 0.1).step(),
+    "loaded": lambda model: model.load_state_dict(model.state_dict()),
+    "assigned": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "replaced": lambda model: setattr(model, "in_proj_weight", nn.Parameter(model.in_proj_weight.detach().clone())),
+}
+
+
+@pytest.mark.parametrize("change", WEIGHTS)
+def test_a_print_says_that_weights_are_others_than_the_proven(change: str) -> None:
+    model, x = nn.MultiheadAttention(16, 2, batch_first=True), torch.randn(2, 9, 16)
+    done = swap(model, (x, x, x))
+    model(x, x, x)[0].sum().backward()
+    assert "parameters" not in str(done)
+    WEIGHTS[change](model)
+    count = 1 if change == "replaced" else 4
+    written = f"{count} of 4 parameters were written to or replaced since the proof"
+    assert f"{written}: it holds for the weights of then; swap again to prove these" in str(done)
+    assert "parameters" not in str(swap(model, (x, x, x)))
 
 
 MASKS: list[Mask | None] = [

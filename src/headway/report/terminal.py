@@ -42,10 +42,7 @@ def show(report: Report, console: Console) -> None:
 
 def show_census(census: Census, console: Console) -> None:
     """Print a census that was only planned: nothing was changed, nothing is proven."""
-    would, all_ = len(census.swapped), len(census.tickets)
-    sites = "1 site" if all_ == 1 else f"{all_} sites"
-    head = f"{census.model}: {sites} of attention, of which a swap would take {would}"
-    console.print(f"[bold]{escape(head)}[/bold]", highlight=False)
+    console.print(f"[bold]{escape(_head(census))}[/bold]", highlight=False)
     table = _table("site", "kind", "asked", "a swap would")
     for ticket in census.tickets:
         what = "[green]swap it[/green]" if ticket.swapped else f"leave it, because {escape(ticket.because)}"

@@ -37,6 +37,8 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _INTERNAL = "_attn_implementation_internal"
 """Where a config keeps its attn_implementation."""
 
+_LOAD = "_load_from_state_dict"
+
 _NOT_ATTENTIONS = frozenset(
     {
         *("position_ids", "position_embeddings", "cache_position", "seq_idx", "layer_idx"),
@@ -646,7 +648,7 @@ def _view_class(cls: Hashable) -> type:
             "__init__": own.__init__,  # or their metaclass would write another
             "__copy__": lambda self: copy.copy(self._of),
             "__deepcopy__": deep_copied,
-            "__reduce_ex__": lambda self, protocol: (_view, (self._of, self._on, self._makes_masks)),
+            "__reduce_ex__": lambda self, protocol: (_loaded, (self._of, self._on, self._makes_masks)),
             "__eq__": lambda self, other: bool(self._of == _plain(other)),
             "__hash__": own.__hash__,
             "__setattr__": set_attribute,
@@ -665,6 +667,12 @@ def _view(config: Any, on: bool = True, makes_masks: bool = False) -> Any:
     return view
 
 
+def _loaded(*view: Any) -> Any:
+    """A view out of a pickle, maybe in a process where nothing was swapped yet."""
+    register()
+    return _view(*view)
+
+
 def _plain(config: Any) -> Any:
     return config._of if isinstance(config, _View) else config
 
@@ -679,6 +687,26 @@ def _is_viewed(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("config"), _View)
 
 
+def set_aside(module: nn.Module) -> str:
+    """The attention that was set by name since a module was swapped, which runs in the site's place; or ''."""
+    view = module.__dict__.get("config")
+    if HELD not in module.__dict__ or not isinstance(view, _View) or view._on:
+        return ""
+    return str(view.__dict__[_INTERNAL])
+
+
+class _Loads:
+    """Stands for the method that loads a swapped module's weights: with others every kind of call is a new one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if (site := site_of(self.module)) is not None:
+            site.ticket.decisions.clear()
+        type(self.module)._load_from_state_dict(self.module, *args, **kwargs)
+
+
 def apply(model: nn.Module, sites: Mapping[str, Site]) -> Callable[[], None]:
     """Give each named module its site and its view of the config, or none of them; returns the undo."""
     register()
@@ -690,6 +718,7 @@ def apply(model: nn.Module, sites: Mapping[str, Site]) -> Callable[[], None]:
             config = _plain(module.__dict__["config"])
             module.__dict__["config"] = views.setdefault(id(config), _view(config))
             module.__dict__[HELD] = site
+            module.__dict__[_LOAD] = _Loads(module)
         _settle(model)
     except BaseException:
         _put_back(model, swapped)
@@ -709,6 +738,7 @@ def _put_back(model: nn.Module, modules: Collection[nn.Module]) -> None:
     for module in changed:
         module.__dict__["config"] = _plain(module.__dict__["config"])
         module.__dict__.pop(HELD, None)
+        module.__dict__.pop(_LOAD, None)
     if changed:
         _settle(model)
     left = [id(view) for view in _views(model).values()]

@@ -19,18 +19,22 @@ class Census:
     """The model's class."""
     tickets: tuple[Ticket, ...]
     notes: tuple[str, ...] = ()
+    planned: bool = False
+    """True of a census of `inspect`: what a swap would do."""
 
     @property
     def swapped(self) -> tuple[Ticket, ...]:
         return tuple(ticket for ticket in self.tickets if ticket.swapped)
 
     def __str__(self) -> str:
-        return "\n".join((self._head(), *map(_line, self.tickets), *(f"note: {note}" for note in self.notes)))
+        lines = map(_plan if self.planned else _line, self.tickets)
+        return "\n".join((self._head(), *lines, *(f"note: {note}" for note in self.notes)))
 
     def _head(self) -> str:
-        left = len(self.tickets) - len(self.swapped)
+        taken, left = len(self.swapped), len(self.tickets) - len(self.swapped)
         sites = "1 site" if len(self.tickets) == 1 else f"{len(self.tickets)} sites"
-        return f"{self.model}: {sites} of attention, {len(self.swapped)} swapped, {left} left alone"
+        done = f"of which a swap would take {taken}" if self.planned else f"{taken} swapped, {left} left alone"
+        return f"{self.model}: {sites} of attention, {done}{'' if self.tickets else ': no attention was found'}"
 
     def as_dict(self) -> dict[str, Any]:
         return {"model": self.model, "sites": [_as_dict(t) for t in self.tickets], "notes": list(self.notes)}
@@ -41,17 +45,28 @@ class Census:
         return path
 
 
+def _plan(ticket: Ticket) -> str:
+    would = "take it" if ticket.swapped else f"leave it alone, because {ticket.because}"
+    return f"  {_name(ticket)}  {ticket.kind}{_asked(ticket)}: a swap would {would}"
+
+
 def _line(ticket: Ticket) -> str:
-    name = (ticket.name or "(the model itself)") + "".join(f" = {alias}" for alias in ticket.aliases)
     if not ticket.swapped:
-        return f"  {name}  {ticket.kind}: left alone, because {ticket.because}"
+        return f"  {_name(ticket)}  {ticket.kind}: left alone, because {ticket.because}"
     chosen = Counter({decision.backend().name: 0 for decision in ticket.decisions.values()})
     chosen.update(ticket.runs)
     ran = [f"{backend} ({count} runs)" for backend, count in chosen.most_common()]
     if ticket.in_full:
         ran.append(f"in full for its weights ({ticket.in_full} runs; a call that asks for none runs on a kernel)")
-    asked = "" if ticket.asked == "auto" else f" (asked for {ticket.asked})"
-    return f"  {name}  {ticket.kind}{asked}: {', '.join(ran) or 'has not run yet'}"
+    return f"  {_name(ticket)}  {ticket.kind}{_asked(ticket)}: {', '.join(ran) or 'has not run yet'}"
+
+
+def _name(ticket: Ticket) -> str:
+    return " = ".join((ticket.name or "(the model itself)", *ticket.aliases))
+
+
+def _asked(ticket: Ticket) -> str:
+    return "" if ticket.asked == "auto" else f" (asked for {ticket.asked})"
 
 
 def _as_dict(ticket: Ticket) -> dict[str, Any]:

@@ -63,21 +63,23 @@ def errors_of(
     `least` is what the truth counts as at least: a gradient that is 0 in truth is nothing but rounding of the others.
     Where the model as it was has to be the judge, it gets a rounding or two to have erred by.
     """
-    truth, before = truth.double(), before.double()
-    ours = torch.full_like(truth, float("nan")) if now is None else now.double()
-    valid = truth.isfinite() & before.isfinite()
-    judged = valid.double().mean().item()
+    truth, judged = truth.double(), 1.0
+    now = torch.full_like(truth, math.nan) if now is None else now
+    if not finite(truth, before):
+        valid = truth.isfinite() & before.isfinite()
+        judged = valid.double().mean().item()
+        truth, before, now = truth[valid], before[valid], now[valid]
     if judged == 0:
         return Errors(what, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, eps)
-    truth, before, ours = truth[valid], before[valid], ours[valid].nan_to_num(nan=float("inf"))
-    largest, rms = (max(least, size) for size in (truth.abs().max().item(), _rms(truth)))
-    was, is_now = (before - truth).abs(), (ours - truth).abs()
+    largest, rms = (max(least, size) for size in _sizes(truth))
+    worst_before, rms_before = (2 * eps * largest, eps * rms) if judge_is_before else _sizes(before - truth)
+    worst_now, rms_now = _sizes(now - truth)
     return Errors(
         what,
-        worst_before=2 * eps * largest if judge_is_before else was.max().item(),
-        worst_now=is_now.max().item(),
-        rms_before=eps * rms if judge_is_before else _rms(was),
-        rms_now=_rms(is_now),
+        worst_before=worst_before,
+        worst_now=worst_now,
+        rms_before=rms_before,
+        rms_now=rms_now,
         largest=largest,
         rms=rms,
         judged=judged,
@@ -98,5 +100,12 @@ def worse(one: Errors, other: Errors) -> Errors:
     return dataclasses.replace(one, **most)
 
 
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
+def finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are; a sum that overflows may say no."""
+    return all(math.isfinite(x.sum().item()) for x in tensors)  # a tenth of what isfinite() takes
+
+
+def _sizes(x: Tensor) -> tuple[float, float]:
+    """Its largest number, and its root mean square; of what holds a NaN both are inf."""
+    largest, norm = (torch.linalg.vector_norm(x, order).item() for order in (math.inf, 2))
+    return (math.inf, math.inf) if math.isnan(norm) else (largest, norm / math.sqrt(x.numel()))

@@ -19,10 +19,10 @@ from headway.masks.base import Mask
 from headway.masks.frame import Frame
 from headway.masks.terms import terms
 from headway.sites.noted import Call, noted
-from headway.sites.site import Found, site_of
+from headway.sites.site import Found, Ticket, site_of
 from headway.swap.selection import One, Selection, each, matches, matching
 from headway.swap.still import unchanged
-from headway.swap.swap import KINDS, Example, Swap, runner
+from headway.swap.swap import KINDS, Example, Swap, gone, runner
 
 Chosen: TypeAlias = int | slice | Iterable[int] | None
 """Which of a call's rows, or heads: None is all, and negative numbers count from the end."""
@@ -104,15 +104,17 @@ def _choose(model: nn.Module, sites: Selection | None, swapped: Swap | None) -> 
     found = list(_swapped(model))
     if not found:
         raise SwapError("got a model that is not swapped, takes one that is: headway.swap(model, example) first")
-    if sites is None:
-        return {site.module: site.name for site in found}
-    chosen: set[str] = set()
-    for one in each(sites):
+    chosen: set[str] = {site.name for site in found} if sites is None else set()
+    for one in () if sites is None else each(sites):
         names = {site.name for site in found if matches(one, site)}
         if not names:
             _refuse(one, found, list(_left_alone(model, found, swapped)))
         chosen |= names
-    return {site.module: site.name for site in found if site.name in chosen}
+    picked = [site for site in found if site.name in chosen]
+    said = gone(model, [Ticket(site.name, site.kind) for site in picked])
+    if said:
+        raise SwapError(f"got a model of which {said}")
+    return {site.module: site.name for site in picked}
 
 
 def _swapped(model: nn.Module) -> Iterator[Found]:

@@ -29,11 +29,12 @@ from headway.sites.seen import Inputs, see
 from headway.sites.site import Ticket, site_of
 from headway.swap.answer import SEED, Answer, answer, names_of, rows_that_see, wants_no_gradients
 from headway.swap.deck import Card, Shape, deal
-from headway.swap.judge import Errors, errors_of, with_usual, worse
+from headway.swap.judge import Errors, errors_of, finite, with_usual, worse
 from headway.swap.still import still
 
 FORMAT = "headway certificate 1"
 WHOLE = "the whole model"
+NOTHING = "nothing was swapped, so there is nothing to prove"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Certificate:
         return next((proof.failure for proof in self.proofs if proof.name == name), "")
 
     def __str__(self) -> str:
+        if not self.proofs:
+            return f"proof: none, because {NOTHING}"
         good = sum(not proof.failure for proof in self.proofs)
         lines = [f"proof: {good} of {len(self.proofs)} sites err no more than before"]
         if self.whole is not None:
@@ -238,8 +241,8 @@ def _compared(truth: Answer, before: Answer, now: Answer, eps: float, alone: boo
         for of, t in truth.gradients.items()
         if t is not None and before.gradients.get(of) is not None
     ]
-    gradients = [t[t.isfinite()].abs() for t in truth.gradients.values() if t is not None]
-    least = {True: max((t.max().item() for t in gradients if t.numel()), default=0.0) / 30, False: 0.0}
+    gradients = [t if finite(t) else t[t.isfinite()] for t in truth.gradients.values() if t is not None]
+    least = {True: max((t.norm(math.inf).item() for t in gradients if t.numel()), default=0.0) / 30, False: 0.0}
     return with_usual(
         [errors_of(what, t, b, n, eps, least[what != "forward"], alone) for what, t, b, n in pairs if t.numel()]
     )

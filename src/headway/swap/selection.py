@@ -20,14 +20,13 @@ Selection: TypeAlias = One | Iterable[One]
 
 def matching(selection: Selection, sites: list[Found], word: str) -> set[str]:
     """The names of the sites that any of the selection matches; SwapError for one that matches none."""
-    matched: set[str] = set()
-    for one in each(selection):
-        names = {site.name for site in sites if matches(one, site)}
-        if not names:
-            known = ", ".join(repr(site.name) for site in sites) or "none"
-            raise SwapError(f"got {word}={one!r}, which matches no site; the sites are: {known}")
-        matched |= names
-    return matched
+    wanted = each(selection)
+    matched = [{site.name for site in sites if matches(one, site)} for one in wanted]
+    empty = [one for one, names in zip(wanted, matched, strict=True) if not names]
+    if empty or (word == "only" and not wanted):
+        known = ", ".join(repr(site.name) for site in sites) or "none"
+        raise SwapError(f"got {word}={empty[0] if empty else []!r}, which matches no site; the sites are: {known}")
+    return set().union(*matched)
 
 
 def each(selection: Selection) -> list[One]:

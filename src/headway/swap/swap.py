@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from headway.errors import SwapError
 from headway.sites import kernel_calls, multihead, replaced, torch_calls, transformers, unseen
@@ -33,6 +35,7 @@ class Swap:
 
     def __init__(self, model: nn.Module, census: Census, certificate: Certificate | None) -> None:
         self.model, self.census, self.certificate = model, census, certificate
+        self._versions = WeakIdKeyDictionary({weight: _version(weight) for weight in model.parameters()})
 
     def undo(self) -> None:
         """Put back the very classes that were there before; nothing else was ever changed."""
@@ -49,16 +52,42 @@ class Swap:
 
     def __str__(self) -> str:
         proof = "not proven: no example was given" if self.certificate is None else str(self.certificate)
-        return "\n".join(filter(None, (str(self.census), proof, self._since())))
+        return "\n".join((str(self.census), proof, *self._since()))
 
-    def _since(self) -> str:
-        """What the model has become since it was proven, as far as a certificate speaks of it."""
+    def _since(self) -> Iterator[str]:
+        """What the model has become since it was swapped, and proven."""
+        yield from (f"  {said}" for said in (gone(self.model, self.census.swapped),) if said)
         first = next(self.model.parameters(), None)
-        if self.certificate is None or first is None:
-            return ""
+        if self.certificate is None or not self.certificate.proofs or first is None:
+            return
         was = "{dtype} on {device}".format(**self.certificate.facts)
         now = f"{str(first.dtype).removeprefix('torch.')} on {first.device.type}"
-        return "" if now == was else f"  proven in {was}, now in {now}: each new kind of call is checked as it is made"
+        if now != was:
+            yield f"  proven in {was}, now in {now}: each new kind of call is checked as it is made"
+        weights = list(self.model.parameters())
+        others = sum(self._versions.get(weight) != _version(weight) for weight in weights)
+        if others:
+            written = f"{others} of {len(weights)} parameters were written to or replaced since the proof"
+            yield f"  {written}: it holds for the weights of then; swap again to prove these"
+
+
+def gone(model: nn.Module, tickets: Iterable[Ticket]) -> str:
+    """Which of the sites that were swapped no longer run through Headway, why, and what to do; or ''."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    here = {ticket.name: modules.get(ticket.name) for ticket in tickets}
+    set_to = {name: transformers.set_aside(module) for name, module in here.items() if module is not None}
+    out = [name for name, module in here.items() if module is None or site_of(module) is None]
+    off = [name for name, other in set_to.items() if other]
+    count, run = ("1 site", "runs") if len(off or out) == 1 else (f"{len(off or out)} sites", "run")
+    if off:
+        others = ", ".join(sorted({repr(set_to[name]) for name in off}))
+        return f"{count} no longer {run} through Headway: attn_implementation was set to {others} since; swap again"
+    return f"{count} no longer {run} through Headway: the swap was undone, or the modules replaced" if out else ""
+
+
+def _version(weight: Tensor) -> int:
+    """How often it was written to; what is made for inference does not count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def swap(
@@ -134,7 +163,7 @@ def inspect(
     earlier = _sites(model)
     try:
         undo(model)
-        return _plan(model, runner(example), only, skip, backend)
+        return dataclasses.replace(_plan(model, runner(example), only, skip, backend), planned=True)
     finally:
         _put_back(model, earlier)
 

@@ -13,7 +13,7 @@ from headway.choice.here import here
 from headway.errors import CertificateError
 from headway.swap.deck import Card, Shape, deal
 from headway.swap.judge import Errors
-from headway.swap.proof import FORMAT, Certificate, Proof, versions
+from headway.swap.proof import FORMAT, NOTHING, Certificate, Proof, versions
 
 LISTS = {"errors": Errors, "proofs": Proof, "deck": Card}
 PARTS = {"shape": Shape, "whole": Proof}
@@ -34,11 +34,13 @@ class Verdict:
         return self.certificate.passed and not any(card.failure for card in self.deck)
 
     def __str__(self) -> str:
-        lines = [f"certificate of {self.certificate.model}: {'passed' if self.certificate.passed else 'failed'}"]
+        said = ("passed" if self.certificate.passed else "failed") if self.certificate.proofs else NOTHING
+        lines = [f"certificate of {self.certificate.model}: {said}"]
         lines += [f"  differs: {each}" for each in self.differs]
         ran = [card for card in self.deck if card.backend]
         good = sum(not card.failure for card in ran)
-        lines.append(f"  edge deck dealt again here: {good} of {len(ran)} calls right")
+        if self.deck:
+            lines.append(f"  edge deck dealt again here: {good} of {len(ran)} calls right")
         lines += [f"  {card.case} on {card.backend}: {card.failure}" for card in ran if card.failure]
         return "\n".join(lines)
 
