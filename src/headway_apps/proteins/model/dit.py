@@ -64,6 +64,16 @@ class DiT(nn.Module):
             for parameter in linear.parameters():
                 nn.init.zeros_(parameter)
 
+    def compile_parts(self) -> None:
+        """Compile what stands between calls of attention, for batches of any shape.
+
+        Attention itself is called as it is: on some GPUs its fastest kernels cannot be part of a compiled graph.
+        """
+        for block in self.blocks:
+            for part in ("before", "after"):
+                setattr(block, part, torch.compile(getattr(block, part), dynamic=True))
+        self.head.compile(dynamic=True)
+
     def forward(self, tokens: Tensor, sigma_bar: Tensor, lengths: Tensor | Packed | None = None) -> Tensor:
         packed = self.pack(tokens, lengths) if isinstance(lengths, Tensor) else lengths
         self._check(tokens, sigma_bar, packed)
@@ -144,16 +154,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, told: Tensor, turns: tuple[Tensor, Tensor], packed: Packed | None) -> Tensor:
         """x (B, L, width), or (1, T, width) if packed."""
-        shift, scale, gate, shift2, scale2, gate2 = at_tokens(self.modulation(told), packed).chunk(6, -1)
-        x = self._add(x, gate, self._attend(modulated(self.attention_norm(x), scale, shift).to(x.dtype), turns, packed))
-        return self._add(x, gate2, self._mlp(modulated(self.mlp_norm(x), scale2, shift2).to(x.dtype)))
+        modulation = self.modulation(told)
+        q, k, v = self.before(x, modulation, turns, packed)
+        heads = headway.attention(q, k, v) if packed is None else packed.attend(q, k, v)
+        return self.after(x, heads, modulation, packed)
 
-    def _attend(self, x: Tensor, turns: tuple[Tensor, Tensor], packed: Packed | None) -> Tensor:
+    def before(
+        self, x: Tensor, modulation: Tensor, turns: tuple[Tensor, Tensor], packed: Packed | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention takes, (B, heads, L, size) each."""
+        shift, scale = at_tokens(modulation, packed).chunk(6, -1)[:2]
+        x = modulated(self.attention_norm(x), scale, shift).to(x.dtype)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, L, size)
         q, k, v = qkv.unbind(2)
-        q, k = turned(q, turns), turned(k, turns)
-        out = headway.attention(q, k, v) if packed is None else packed.attend(q, k, v)
-        return cast(Tensor, self.out(out.transpose(1, 2).flatten(2)))
+        return turned(q, turns), turned(k, turns), v
+
+    def after(self, x: Tensor, heads: Tensor, modulation: Tensor, packed: Packed | None) -> Tensor:
+        """All that comes of what attention gives."""
+        _, _, gate, shift, scale, gate2 = at_tokens(modulation, packed).chunk(6, -1)
+        x = self._add(x, gate, self.out(heads.transpose(1, 2).flatten(2)))
+        return self._add(x, gate2, self._mlp(modulated(self.mlp_norm(x), scale, shift).to(x.dtype)))
 
     def _mlp(self, x: Tensor) -> Tensor:
         approximate = "tanh" if self.gelu == "tanh" else "none"

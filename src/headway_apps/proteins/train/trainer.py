@@ -98,8 +98,7 @@ class Trainer:
             weight_decay=config.optim.weight_decay, fused=self.device.type == "cuda",
         )  # fmt: skip
         if config.run.compile:
-            for block in (*self.bare.blocks, self.bare.head):
-                block.compile(dynamic=True)
+            self.bare.compile_parts()
         self.model, self.optimizer = self.accelerator.prepare(self.bare.train(), optimizer)
         self.bare = self.accelerator.unwrap_model(self.model)
         self.average = None if config.optim.average is None else Average(self.bare, config.optim.average)

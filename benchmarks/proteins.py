@@ -1,0 +1,186 @@
+"""Times whole training steps of the protein model: packed documents beside padded rows and one sequence at a time.
+
+    python benchmarks/proteins.py --data FOLDER --out benchmarks/results/proteins.jsonl [--presets seed-24m,...]
+
+FOLDER is made by `headway proteins prepare`. A step is noise, forward, backward, clipping, AdamW and the moving
+average of weights, on 16,384 tokens: 32 rows of 512 for what pads. Residues a second count real residues alone; MFU counts the
+multiplications that those need, over the device's dense bfloat16 peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from attention import about
+from torch import Tensor
+
+from headway_apps.proteins.alphabet import ESM
+from headway_apps.proteins.data.packing import Batch, Batches, pack, shuffled
+from headway_apps.proteins.data.shards import Part, Prepared
+from headway_apps.proteins.diffusion.curriculum import Steady
+from headway_apps.proteins.diffusion.graphs import Absorbing
+from headway_apps.proteins.diffusion.schedules import LogLinear
+from headway_apps.proteins.model.config import DiTConfig
+from headway_apps.proteins.model.dit import DiT
+from headway_apps.proteins.model.packed import Packed
+from headway_apps.proteins.model.presets import PRESETS, preset
+from headway_apps.proteins.train.objective import Objective, Scores
+from headway_apps.training.average import Average
+
+TOKENS, ROWS, LENGTH = 16_384, 32, 512
+PEAK = {"NVIDIA H200": 989e12}
+"""Dense bfloat16 operations a second."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneByOne(Packed):
+    """Attention of one sequence after the other, as the protein model for V100 computed it."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        counts = torch.bincount(self.document).tolist()
+        parts = zip(*(x.split(counts, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*each) for each in parts], 2)
+
+
+def packed(model: DiT, batch: Batch, host: Batch) -> Scores:
+    there = model.pack(host.tokens, host.lengths)
+    return lambda noised, level: model(noised, level, there)
+
+
+def one_by_one(model: DiT, batch: Batch, host: Batch) -> Scores:
+    there = model.pack(host.tokens, host.lengths)
+    fields = {each.name: getattr(there, each.name) for each in dataclasses.fields(there)}
+    return lambda noised, level: model(noised, level, OneByOne(**fields))
+
+
+def padded(model: DiT, batch: Batch, host: Batch) -> Scores:
+    """Rows filled up to one length, attention over all of them, filler too."""
+
+    def scores(noised: Tensor, level: Tensor) -> Tensor:
+        rows = noised.new_full((ROWS, LENGTH), ESM.pad)
+        rows[batch.document, batch.positions] = noised
+        log_score: Tensor = model(rows, level)
+        return log_score[batch.document, batch.positions]
+
+    return scores
+
+
+WAYS: dict[str, tuple[Callable[[DiT, Batch, Batch], Scores], bool]] = {
+    "packed": (packed, False),
+    "packed, compiled": (packed, True),
+    "padded": (padded, False),
+    "padded, compiled": (padded, True),
+    "one by one": (one_by_one, False),
+}
+"""How scores come about, and whether what stands between calls of attention is compiled."""
+
+
+def batches(part: Part, way: str) -> Iterator[Batch]:
+    if not way.startswith("padded"):
+        yield from Batches(part, ESM, TOKENS)
+    for epoch in range(1000):
+        order = shuffled(len(part), 0, epoch)
+        for first in range(0, len(order) - ROWS, ROWS):
+            places = order[first : first + ROWS]
+            yield pack([part.letters_of(int(at)) for at in places], places, ESM)
+
+
+def operations(config: DiTConfig, batch: Batch) -> float:
+    """Forward and backward: two and four for each weight that a token meets, and attention's products."""
+    d, c = config.width, config.cond
+    weights = config.blocks * (4 + 2 * config.mlp_ratio) * d * d + d * config.scored
+    told = config.blocks * 6 * c * d
+    lengths = batch.lengths.double()
+    attention = 2 * config.blocks * d * float((lengths * lengths).sum())
+    return 6 * (weights * float(lengths.sum()) + told * len(lengths) + attention)
+
+
+def timed(name: str, way: str, part: Part, device: torch.device, steps: int) -> dict[str, Any]:
+    config = preset(name, embedded=ESM.size, scored=ESM.size, mask=ESM.mask)
+    torch.manual_seed(0)
+    model = DiT(config).to(device).train()
+    scores, compiled = WAYS[way]
+    if compiled:
+        model.compile_parts()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=device.type == "cuda")
+    average = Average(model, 0.9999)
+    graph = Absorbing(ESM.size, mask=ESM.mask, ids=ESM.residues)
+    objective = Objective(graph, LogLinear(), Steady(), "cross-entropy", 0)
+    stream = batches(part, way)
+
+    def step(number: int) -> tuple[int, float]:
+        host = next(stream)
+        if device.type == "cuda":
+            host = host.pin_memory()
+        batch = host.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16):
+            nats = objective.nats(scores(model, batch, host), batch, number, number)
+        (nats / host.residues).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model)
+        return host.residues, operations(config, host)
+
+    begun = time.perf_counter()
+    for number in range(8):
+        step(number)
+    wait(device)
+    warm = time.perf_counter() - begun
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    done = [step(8 + number) for number in range(steps)]
+    asked = time.perf_counter() - begun
+    wait(device)
+    seconds = time.perf_counter() - begun
+    residues, work = (sum(each) for each in zip(*done, strict=True))
+    peak = PEAK.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    return {
+        "group": "proteins", "preset": name, "parameters": PRESETS[name].parameters, "way": way,
+        "ms_a_step": round(seconds / steps * 1e3, 2), "host_ms_a_step": round(asked / steps * 1e3, 2),
+        "residues_per_second": round(residues / seconds), "residues_a_step": round(residues / steps),
+        "mfu": None if peak is None else round(work / seconds / peak, 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
+        "warm_seconds": round(warm, 1), "steps": steps,
+    }  # fmt: skip
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--presets", default="seed-24m,seed-66m,seed-316m")
+    parser.add_argument("--ways", default=";".join(WAYS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
+    options = parser.parse_args()
+    part = Prepared(options.data)["train"]
+    common = about() | ({"commit": options.commit} if options.commit else {}) | {"data": part.fingerprint[:12]}
+    with options.out.open("a") as file:
+        for name in options.presets.split(","):
+            for way in options.ways.split(";"):
+                row = timed(name, way, part, torch.device(options.device), options.steps) | common
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                shown = ("preset", "way", "ms_a_step", "host_ms_a_step", "residues_per_second", "mfu", "peak_gib")
+                print(*(row[key] for key in shown), flush=True)
+                torch.compiler.reset()
+
+
+if __name__ == "__main__":
+    main()
