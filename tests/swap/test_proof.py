@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -534,3 +535,15 @@ def test_a_copy_is_proven_not_the_model_itself(monkeypatch: pytest.MonkeyPatch) 
     swap(model, batch())
     assert {name: (id(p), p._version, p.dtype) for name, p in model.named_parameters()} == versions
     assert copy.deepcopy(model) is not model
+
+
+def test_a_proof_says_what_it_is_at_to_who_listens(caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    model, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2), torch.randn(1, 4, 16)
+    swap(model, x)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+    with caplog.at_level(logging.INFO, "headway"):
+        swap(model, x)
+    assert "proving site 2 of 2: layers.1.self_attn" in caplog.messages
+    assert "edge deck, 2 heads of 8: strided views" in caplog.messages
+    assert caplog.messages[-1] == "proving the whole model"

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.abc
 import importlib.util
+import logging
 import platform
 import shutil
 from typing import cast
@@ -28,6 +29,7 @@ ATEN = (
     "_scaled_dot_product_cudnn_attention",
 )
 
+LOG = logging.getLogger(__name__)
 TRIAL_SECONDS = 300.0
 
 
@@ -131,6 +133,7 @@ def tried(distribution: str, version: str, machine: Machine, device: str) -> Pac
 
 def trial(backend: str, machine: Machine, device: str) -> str | None:
     """Run a backend once in a child process, whatever was known before: None if it computes attention, else why not."""
+    LOG.info("trying %s on %s", backend, device)
     outcome = child.run("headway.backends.trial", backend, device, seconds=TRIAL_SECONDS)
     package = next((one.package for one in BACKENDS if one.name == backend and one.package), None)
     version = package and installed().get(package)
@@ -151,6 +154,7 @@ def acquitted(machine: Machine) -> frozenset[str]:
 
 def probe(name: str, machine: Machine, device: str) -> str | None:
     """Look for a quarantined defect in a child process: None if it is not here, and calls run again; else why not."""
+    LOG.info("looking for %s on %s", name, device)
     outcome = child.run("headway.choice.probes", name, device, seconds=PROBE_SECONDS)
     if outcome.lasting:
         remember(machine, f"probe {name}", outcome.broken)

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from headway.cli.examine import BackendReport, DefectReport, DeviceReport, Report, examine
+from headway.cli.progress import told
 from headway.cli.settings import Setting, settings
 from headway.errors import UnknownNameError
 
@@ -51,14 +52,12 @@ def command(
     for module in after or ():
         _import(module)
     try:
-        if as_json:
+        with told("running each backend once, in a process of its own", lines=True):
             report = examine(tuple(backend or ()), acquit=acquit)
+        if as_json:
             typer.echo(json.dumps(report.json(), indent=2))
         else:
-            console = Console()
-            with console.status("running each backend once, in a process of its own"):
-                report = examine(tuple(backend or ()), acquit=acquit)
-            show(report, console)
+            show(report, Console())
     except UnknownNameError as error:
         raise typer.BadParameter(str(error)) from error
     if report.failed:

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from headway.cli.models import MODEL_HELP, found, listed
+from headway.cli.progress import told
 from headway.errors import HeadwayError
 from headway.report import Report, Times, measure, page, pictures, show
 from headway.swap import Swap, inspect, swap
@@ -85,9 +86,11 @@ def attempt(
     except HeadwayError as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        swapped = swap(model, example, only=only, skip=skip, backend=asked)
-        drawn = pictures(swapped, example)
-        times = _times(swapped, example, backward, rounds)
+        with told("looking for attention"):
+            swapped = swap(model, example, only=only, skip=skip, backend=asked)
+        with told("timing it"):
+            drawn = pictures(swapped, example)
+            times = _times(swapped, example, backward, rounds)
     except HeadwayError as error:
         typer.echo(f"{title} is left as it was: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from error

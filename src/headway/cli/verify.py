@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from headway.cli.progress import told
 from headway.errors import CertificateError
 from headway.report.report import FORMAT
 from headway.swap.verify import Verdict, verify
@@ -24,7 +25,8 @@ def command(
     Exits with 1 if it does not hold, with 2 if it cannot be read.
     """
     try:
-        verdict = _checked(certificate)
+        with told("reading it"):
+            verdict = _checked(certificate)
     except CertificateError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(str(verdict))

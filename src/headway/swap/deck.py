@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -16,6 +17,7 @@ from headway.limits.request import Request
 from headway.masks import Causal, Frame, Mask, Padding, Window
 from headway.swap.judge import Errors, errors_of
 
+LOG = logging.getLogger(__name__)
 SEED = 7
 
 
@@ -91,6 +93,7 @@ def deal(shapes: Iterable[Shape]) -> Iterator[Card]:
     """Every case for every shape."""
     for shape in dict.fromkeys(shapes):
         for case in CASES:
+            LOG.info("edge deck, %d heads of %d: %s", shape.heads, shape.head_dim, case.name)
             yield _play(case, shape)
 
 

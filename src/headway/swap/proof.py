@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ from headway.swap.answer import SEED, Answer, answer, names_of, rows_that_see, w
 from headway.swap.deck import Card, Shape, deal
 from headway.swap.judge import Errors, errors_of, finite, with_usual, worse
 from headway.swap.still import still
+
+LOG = logging.getLogger(__name__)
+"""Says at INFO what is being proven; silent unless somebody listens."""
 
 FORMAT = "headway certificate 1"
 WHOLE = "the whole model"
@@ -151,7 +155,10 @@ def prove(
     with torch.inference_mode(False), still(model):
         calls = see(copied(model, restore), run, keep={"", *(ticket.name for ticket in tickets)}).calls
         modules = dict(model.named_modules(remove_duplicate=False))
-        proofs = [_prove(ticket, modules[ticket.name], calls[ticket.name], restore) for ticket in tickets]
+        proofs = []
+        for at, ticket in enumerate(tickets, 1):
+            LOG.info("proving site %d of %d: %s", at, len(tickets), ticket.name or "the model itself")
+            proofs.append(_prove(ticket, modules[ticket.name], calls[ticket.name], restore))
         dealt = {ticket.name: _shapes(ticket) for ticket in tickets}
         deck = tuple(deal(shape for shapes in dealt.values() for shape in shapes))
         for ticket, proof in zip(tickets, proofs, strict=True):
@@ -164,6 +171,7 @@ def prove(
                 put_back(ticket)
         whole = None
         if "" in calls and any(ticket.swapped for ticket in tickets):
+            LOG.info("proving the whole model")
             whole = _prove(Ticket("", WHOLE), model, calls[""], restore, NUDGES)
     return Certificate(type(model).__name__, tuple(proofs), deck, whole, facts(model))
 
