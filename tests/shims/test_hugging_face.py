@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
 
-from headway.shims import flash_attn, installed
+from headway.shims import flash_attn, install, installed, uninstall
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -130,6 +131,39 @@ assert LlamaForCausalLM(config)(torch.ones(1, 4, dtype=torch.long)).logits.shape
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**__import__("os").environ, "PYTHONPATH": str(SRC)},
+        env={**os.environ, "PYTHONPATH": str(SRC)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_uninstall_says_that_models_of_flash_attention_2_stop() -> None:
+    def with_(made: str) -> LlamaForCausalLM:
+        install("flash_attn", as_distribution=True)
+        model = llama(made)
+        model(IDS)
+        return model
+
+    model = with_("flash_attention_2")
+    with pytest.warns(RuntimeWarning, match=r"raise from now on.*set_attn_implementation\('sdpa'\)"):
+        uninstall()
+    with pytest.raises(ImportError):
+        model(IDS)
+    model.set_attn_implementation("sdpa")
+    model(IDS)
+    with_("sdpa")
+    uninstall()  # without a word
+
+
+@pytest.mark.parametrize("option", [[], ["--as-distribution"]])
+def test_a_script_is_told_of_the_option_that_transformers_needs(option: list[str], tmp_path: Path) -> None:
+    (tmp_path / "hf.py").write_text(
+        "from transformers import LlamaConfig, LlamaModel\n"
+        "sizes = {'hidden_size': 64, 'intermediate_size': 64, 'num_hidden_layers': 1, 'num_attention_heads': 4}\n"
+        "LlamaModel(LlamaConfig(vocab_size=64, attn_implementation='flash_attention_2', **sizes))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "headway.shims", "run", *option, "hf.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(SRC)},
+    )  # fmt: skip
+    assert done.returncode == (0 if option else 1), done.stderr
+    assert done.stderr.splitlines()[-1].endswith("run this with --as-distribution") != bool(option)

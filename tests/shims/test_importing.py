@@ -392,7 +392,9 @@ def test_a_script_and_a_module_run_under_the_shims(tmp_path: Path) -> None:
     assert module.stdout.endswith(expected)
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["run", "-m"], ["walk", "x.py"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["run", "-m"], ["walk", "x.py"], ["run", "nosuch.py"], ["--help"]], ids=" ".join
+)
 def test_the_command_says_what_it_takes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.main(arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 from headway.shims import install
@@ -25,15 +26,27 @@ def main(given: list[str]) -> None:
     parser.add_argument("target", help="script.py or package.module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     asked = parser.parse_args(given)
+    if not asked.module and not Path(asked.target).exists():
+        parser.error(f"got {asked.target}, which is no file; takes a script, or -m and a module")
     for answer in install(force=asked.force, as_distribution=asked.as_distribution):
         print(answer, file=sys.stderr)
     sys.argv = [asked.target, *asked.arguments]
-    if asked.module:
+    try:
+        _run(asked.target, asked.module)
+    except ImportError as error:
+        if "FlashAttention" not in str(error) or asked.as_distribution:
+            raise
+        traceback.print_exc()
+        parser.exit(1, "transformers looks for the package before it imports it: run this with --as-distribution\n")
+
+
+def _run(target: str, module: bool) -> None:
+    if module:
         sys.path.insert(0, "")
-        runpy.run_module(asked.target, run_name="__main__", alter_sys=True)
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, str(Path(asked.target).resolve().parent))  # as python does it
-        runpy.run_path(asked.target, run_name="__main__")
+        sys.path.insert(0, str(Path(target).resolve().parent))  # as python does it
+        runpy.run_path(target, run_name="__main__")
 
 
 _USAGE = "python -m headway.shims run [--force] [--as-distribution] (script.py | -m package.module) [arguments]"

@@ -33,6 +33,11 @@ def tell(answered: bool) -> None:
         _open(sys.modules[MODULE])
 
 
+def in_use() -> bool:
+    """Whether transformers has loaded its flash_attention_2 from the shim."""
+    return bool(_UNDO) and getattr(sys.modules.get(MODULE), "_loaded_implementation", None) == "flash_attention_2"
+
+
 def _forget() -> None:
     """What transformers remembers of packages of that name."""
     for name, value in list(vars(sys.modules.get(_MEMORY, object)).items()):

@@ -60,10 +60,21 @@ def install(*names: str, force: bool = False, as_distribution: bool = False) -> 
 
 
 def uninstall() -> None:
-    """Give every name back; `sys.modules` has for them what it had before."""
+    """Give every name back; `sys.modules` has for them what it had before.
+
+    Warns if transformers has loaded flash_attention_2 from here: its models ask for the package at each call.
+    """
     with _LOCK:
+        stranded = hugging_face.in_use()
         for shim in list(_SHIMS.values()):
             _let_go(shim, list(shim.holds))
+    if stranded:
+        warnings.warn(
+            "transformers has loaded flash_attention_2 from Headway: models that run it raise from now on, unless"
+            " flash_attn runs here; model.set_attn_implementation('sdpa'), or install the shim again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager
