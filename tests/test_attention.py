@@ -473,3 +473,16 @@ def test_a_growing_cache_outlives_the_budget_of_flex(monkeypatch: pytest.MonkeyP
             attention(q, k, v, softcap=3.0, backend="flex")
     finally:
         door._choose.cache_clear()
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(RequestError, match=r"got q Tensor, k ndarray, v list; takes tensors: torch.as_tensor\(x\)"):
+        attention(q, q.numpy(), q.tolist())  # type: ignore[call-overload]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_jit_trace_is_refused() -> None:
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(RequestError, match=r"got a call inside torch.jit.trace.*undo the swap first"):
+        torch.jit.trace(lambda q: attention(q, q, q), q)

@@ -398,6 +398,14 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float | None, dropout: float, softcap: float | None,
     sinks: Tensor | None,
 ) -> None:  # fmt: skip
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        got = ", ".join(f"{name} {type(x).__name__}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise RequestError(f"got {got}; takes tensors: torch.as_tensor(x)")
+    if not is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RequestError(
+            "got a call inside torch.jit.trace, where sizes are no numbers to choose by; takes torch.compile or"
+            " torch.export; to trace a swapped model undo the swap first"
+        )
     if q.is_nested or k.is_nested or v.is_nested:
         raise RequestError("got nested tensors; takes dense ones: pack them and say Documents(lengths), or pad them")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"

@@ -172,3 +172,26 @@ def test_one_contract_may_be_a_word() -> None:
     done.model(x, x, x, need_weights=False)
     (decision,) = done.census.swapped[0].decisions.values()
     assert decision.request.require == frozenset({"deterministic"})
+
+
+def test_what_is_left_alone_is_refused_with_its_reason() -> None:
+    made = nn.Sequential(ByHand(), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True))
+    for selection in ("0", ["1.*", "0"]):
+        with pytest.raises(SwapError, match="got only, which names '0', left alone because it is written by hand at"):
+            swap(made, torch.randn(2, 3, 8), only=selection)
+
+
+@pytest.mark.parametrize("wrong", [3, None, [3], lambda module: True, [lambda: True]], ids=repr)
+@pytest.mark.parametrize("word", ["only", "skip"])
+def test_what_is_no_selection_is_refused(word: str, wrong: Any) -> None:
+    if wrong is None:  # which leaves the choice to the swap
+        assert len(swap(model(), **{word: None}).census.swapped) == 6
+        return
+    with pytest.raises(SwapError, match=rf"got {word}=.*takes a glob on names, .* a predicate of two"):
+        swap(model(), **{word: wrong})
+
+
+@pytest.mark.parametrize("wrong", [None, ["flex"], 3], ids=repr)
+def test_what_is_no_backend_is_refused(wrong: Any) -> None:
+    with pytest.raises(SwapError, match="got backend=.*takes a name, or names by glob"):
+        swap(model(), backend=wrong)

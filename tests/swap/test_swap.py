@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import headway
-from headway.errors import HeadwayError, SwapError, UnknownNameError
+from headway.errors import HeadwayError, RequestError, SwapError, UnknownNameError
 from headway.sites import multihead, torch_calls
 from headway.sites.site import HELD, Site, site_of
 from headway.swap import Swap, inspect, swap, undo
@@ -835,3 +835,37 @@ def test_torch_export() -> None:
 def test_the_public_names() -> None:
     assert swap_function is swap
     assert isinstance(headway.__version__, str)
+
+
+# -- what is no model, and no example -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", (swap, inspect))
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (nn.MultiheadAttention, "the class MultiheadAttention"),
+        ([nn.Linear(2, 2)], "a list"),
+        (None, "a NoneType"),
+        (torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2)), "a TopLevelTracedModule"),
+    ],
+    ids=("class", "list", "none", "traced"),
+)
+def test_what_is_no_model_is_refused(act: Callable[..., Any], wrong: Any, got: str) -> None:
+    with pytest.raises(SwapError, match=f"got {got}, takes a model"):
+        act(wrong, torch.randn(1, 2))
+
+
+class Ten(torch.utils.data.Dataset[Tensor]):
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.randn(32)
+
+
+@pytest.mark.parametrize("act", (swap, inspect))
+@pytest.mark.parametrize(
+    "wrong", ["hello", iter([batch()]), (x for x in [batch()]), torch.utils.data.DataLoader(Ten()), Ten()],
+    ids=("str", "iterator", "generator", "loader", "dataset"),
+)  # fmt: skip
+def test_what_is_no_example_is_refused_with_what_is(act: Callable[..., Any], wrong: Any) -> None:
+    with pytest.raises(RequestError, match=r"as the example, takes one batch .* a dict .*next\(iter\(loader\)\)"):
+        act(made(), wrong)

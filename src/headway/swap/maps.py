@@ -105,7 +105,7 @@ def _choose(model: nn.Module, sites: Selection | None, swapped: Swap | None) -> 
     if not found:
         raise SwapError("got a model that is not swapped, takes one that is: headway.swap(model, example) first")
     chosen: set[str] = {site.name for site in found} if sites is None else set()
-    for one in () if sites is None else each(sites):
+    for one in () if sites is None else each(sites, "sites"):
         names = {site.name for site in found if matches(one, site)}
         if not names:
             _refuse(one, found, list(_left_alone(model, found, swapped)))

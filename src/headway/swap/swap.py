@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.weak import WeakIdKeyDictionary
 
-from headway.errors import SwapError
+from headway.errors import RequestError, SwapError
 from headway.sites import kernel_calls, multihead, replaced, torch_calls, transformers, unseen
 from headway.sites.copies import deep_copy
 from headway.sites.seen import Seen, pinned, see
@@ -24,14 +25,17 @@ from headway.swap.spot import insist
 from headway.swap.still import still
 
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
-"""What a model is run with: its input, its inputs in order, its inputs by name, or a function that runs it."""
+"""What a model is run with: its input, its inputs in order (tuple, list), by name (dict), or a function that runs it."""
 
 KINDS: tuple[Any, ...] = (multihead, transformers, replaced, kernel_calls, torch_calls)
 """Earlier kinds go first: a module that one of them takes is not asked again."""
 
 
 class Swap:
-    """One swap of one model. Print it for the census; use it as a context to undo it at the end."""
+    """One swap of one model. Print it for the census; use it as a context to undo it at the end.
+
+    `census` lists every attention; `certificate` is the proof, or None where no example was given.
+    """
 
     def __init__(self, model: nn.Module, census: Census, certificate: Certificate | None) -> None:
         self.model, self.census, self.certificate = model, census, certificate
@@ -101,7 +105,11 @@ def swap(
 ) -> Swap:
     """Put the fastest attention that is right into `model`, prove it on `example`, and say what was done.
 
-    - `only`, `skip`: which sites, by glob on their names, module class or predicate; each must match something.
+    - `example`: one batch, as the model is called with it: a tensor is its input, a tuple or list its inputs in order
+      (`model(*example)`), a dict its inputs by name (`model(**example)`); or a function that runs it, given the model:
+      `lambda model: model.generate(ids)`. Without one nothing is proven, and `certificate` is None.
+    - `only`, `skip`: which sites, by glob on their names, module class or predicate of name and module
+      (`lambda name, module: module.batch_first`), or several of these; each must match something.
     - `backend`: a name for all sites, or names by glob; a site whose backend refuses its calls raises.
     - `require`: contracts for every call, such as 'deterministic'.
 
@@ -160,6 +168,7 @@ def inspect(
     backend: str | Mapping[str, str] = "auto",
 ) -> Census:
     """The census that a swap would make; nothing is changed."""
+    _refuse(model, proven=example is not None)
     earlier = _sites(model)
     try:
         undo(model)
@@ -208,6 +217,12 @@ def as_meant(model: nn.Module) -> None:
 
 def runner(example: Example | None) -> Callable[[nn.Module], Any] | None:
     """A function that runs a model with the example."""
+    if isinstance(example, str | bytes | Iterator | DataLoader | Dataset):
+        raise RequestError(
+            f"got a {type(example).__name__} as the example, takes one batch as the model is called with it: a tensor,"
+            " a tuple (its inputs in order), a dict (its inputs by name), or a function that runs it: lambda model: ...;"
+            " of a loader the first, next(iter(loader)), without what is no input"
+        )
     if example is None or (callable(example) and not isinstance(example, nn.Module)):
         return example
     # Copies, as a model may write to its inputs.
@@ -235,8 +250,9 @@ def _plan(
             seen = see(looked_at, run)
         seen.kernels = kernels
     found = list(_found(model, seen))
-    chosen = {site.name for site in found} if only is None else matching(only, found, "only")
-    skipped = set() if skip is None else matching(skip, found, "skip")
+    left = (*_by_hand(found, seen), *_unseen(found, seen))
+    chosen = {site.name for site in found} if only is None else matching(only, found, "only", left)
+    skipped = set() if skip is None else matching(skip, found, "skip", left)
     asked = backends(backend, found)
     tickets = []
     for site in found:
@@ -248,7 +264,7 @@ def _plan(
         tickets.append(Ticket(site.name, site.kind, asked[site.name], because, site.aliases))
     return Census(
         type(model).__name__,
-        (*tickets, *_by_hand(found, seen), *_unseen(found, seen)),
+        (*tickets, *left),
         (
             *(*multihead.notes(model), *replaced.notes(found), *kernel_calls.notes(model)),
             *(*transformers.notes(found), *unseen.notes(), *_notes(seen)),
@@ -311,6 +327,11 @@ def _notes(seen: Seen | None) -> tuple[str, ...]:
 
 def _refuse(model: nn.Module, *, proven: bool) -> None:
     """Models that cannot be changed from outside, or not proven, with what to do instead."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise SwapError(
+            f"got {got}, takes a model: an nn.Module in Python, made already, and neither scripted nor traced"
+        )
     if proven and any(parameter.is_meta for parameter in model.parameters()):
         raise SwapError(
             "got an example for a model on the meta device, whose parameters hold no numbers that could prove anything;"
