@@ -837,7 +837,7 @@ def test_the_public_names() -> None:
     assert isinstance(headway.__version__, str)
 
 
-# -- what is no model, and no example -----------------------------------------------------------------------------------
+# -- what is no model, and no example ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("act", (swap, inspect))

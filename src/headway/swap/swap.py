@@ -25,7 +25,7 @@ from headway.swap.spot import insist
 from headway.swap.still import still
 
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
-"""What a model is run with: its input, its inputs in order (tuple, list), by name (dict), or a function that runs it."""
+"""What a model is run with: its input, inputs in order (tuple, list) or by name (dict), or a function that runs it."""
 
 KINDS: tuple[Any, ...] = (multihead, transformers, replaced, kernel_calls, torch_calls)
 """Earlier kinds go first: a module that one of them takes is not asked again."""
@@ -220,7 +220,7 @@ def runner(example: Example | None) -> Callable[[nn.Module], Any] | None:
     if isinstance(example, str | bytes | Iterator | DataLoader | Dataset):
         raise RequestError(
             f"got a {type(example).__name__} as the example, takes one batch as the model is called with it: a tensor,"
-            " a tuple (its inputs in order), a dict (its inputs by name), or a function that runs it: lambda model: ...;"
+            " a tuple (its inputs in order), a dict (by name), or a function that runs it: lambda model: ...;"
             " of a loader the first, next(iter(loader)), without what is no input"
         )
     if example is None or (callable(example) and not isinstance(example, nn.Module)):
