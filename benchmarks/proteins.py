@@ -3,8 +3,8 @@
     python benchmarks/proteins.py --data FOLDER --out benchmarks/results/proteins.jsonl [--presets seed-24m,...]
 
 FOLDER is made by `headway proteins prepare`. A step is noise, forward, backward, clipping, AdamW and the moving
-average of weights, on 16,384 tokens: 32 rows of 512 for what pads. Residues a second count real residues alone; MFU counts the
-multiplications that those need, over the device's dense bfloat16 peak.
+average of weights, on 16,384 tokens: 32 rows of 512 for what pads. Residues a second are real ones alone; MFU counts
+the multiplications that those need, over the device's dense bfloat16 peak.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class Keeping(Section):
 class Looking(Section):
     part: str = "held_out"
     sequences: Count | None = None
-    """The first so many; all, where not given."""
+    """So many of the part, drawn by the seed; all, where not given."""
     draws: Count = 1
     samples: Annotated[int, Field(ge=0)] = 20
 

@@ -163,7 +163,7 @@ class Block(nn.Module):
         self, x: Tensor, modulation: Tensor, turns: tuple[Tensor, Tensor], packed: Packed | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What attention takes, (B, heads, L, size) each."""
-        shift, scale = at_tokens(modulation, packed).chunk(6, -1)[:2]
+        shift, scale = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[:2])
         x = modulated(self.attention_norm(x), scale, shift).to(x.dtype)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, L, size)
         q, k, v = qkv.unbind(2)
@@ -171,7 +171,7 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, heads: Tensor, modulation: Tensor, packed: Packed | None) -> Tensor:
         """All that comes of what attention gives."""
-        _, _, gate, shift, scale, gate2 = at_tokens(modulation, packed).chunk(6, -1)
+        gate, shift, scale, gate2 = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[2:])
         x = self._add(x, gate, self.out(heads.transpose(1, 2).flatten(2)))
         return self._add(x, gate2, self._mlp(modulated(self.mlp_norm(x), scale, shift).to(x.dtype)))
 
@@ -194,8 +194,9 @@ class Head(nn.Module):
         self.modulation = nn.Linear(config.cond, (2 if self.shifts else 1) * config.width)
 
     def forward(self, x: Tensor, told: Tensor, packed: Packed | None) -> Tensor:
-        modulation = at_tokens(self.modulation(told), packed)
-        shift, scale = modulation.chunk(2, -1) if self.shifts else (None, modulation)
+        modulation = self.modulation(told)
+        parts = [at_tokens(each, packed) for each in modulation.chunk(2 if self.shifts else 1, -1)]
+        shift, scale = (parts[0] if self.shifts else None), parts[-1]
         return cast(Tensor, self.linear(modulated(self.norm(x), scale, shift).to(x.dtype)))
 
 
