@@ -10,6 +10,7 @@ from proteins.evaluate.made import prepared, trained
 
 from headway import RequestError
 from headway_apps.proteins.data.shards import Part
+from headway_apps.proteins.diffusion.bound import Bound
 from headway_apps.proteins.errors import DataError
 from headway_apps.proteins.evaluate.likelihood import likelihood
 
@@ -30,6 +31,17 @@ def test_is_the_same_number_twice_and_in_any_batches(part: Part, graph: str) -> 
         assert other.nats == pytest.approx(one.nats, rel=1e-9)
     assert one.residues == tuple(part.lengths().tolist())
     assert likelihood(model, part, tokens=300, seed=2).nats != one.nats
+
+
+def test_the_bound_of_shares_is_the_bound_of_all(part: Part) -> None:
+    model = trained()
+    model.model.double()
+    every = likelihood(model, part, tokens=300, seed=1)
+    shares = [likelihood(model, part, tokens=300, seed=1, share=(rank, 5)) for rank in range(5)]
+    assert sum(len(each.nats) for each in shares) == len(part)
+    assert Bound.merged(shares).per_residue == pytest.approx(every.per_residue, rel=1e-9)
+    with pytest.raises(RequestError, match="takes one that has a sequence"):
+        likelihood(model, part, tokens=300, share=(len(part), len(part) + 1))
 
 
 def test_who_knows_nothing_pays_the_logarithm_of_the_residues(part: Part) -> None:

@@ -29,15 +29,20 @@ def likelihood(
     seed: int = 0,
     device: torch.device | str | None = None,
     sequences: int | None = None,
+    share: tuple[int, int] = (0, 1),
     progress: Progress = lambda *_: None,
 ) -> Bound:
     """What each sequence of the part costs, in the part's order: all of them, or `sequences` drawn by the seed.
 
     The number is the same twice; batches of another size (`tokens`) move it by rounding alone. The model runs on
     `device` (where None, where it is) in eval mode, and afterwards is as it was. No random state moves.
+
+    Of several processes each takes its `share`, (its rank, their number); the bounds of all, merged, are the bound.
     """
     part.fits(trained.alphabet)
-    chosen = _chosen(part, seed, sequences)
+    chosen = _chosen(part, seed, sequences)[share[0] :: share[1]]
+    if not len(chosen):
+        raise RequestError(f"got share {share} of fewer sequences than that, takes one that has a sequence")
     lengths = part.lengths()[chosen] + BOUNDARIES
     if (longest := int(lengths.max())) > tokens:
         raise RequestError(

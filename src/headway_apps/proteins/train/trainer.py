@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, gather_object
 from torch import Tensor
 
 from headway import HeadwayError
 from headway_apps.proteins.config import Config
 from headway_apps.proteins.data.packing import Batch, Batches
 from headway_apps.proteins.data.shards import Part, Prepared
+from headway_apps.proteins.diffusion.bound import Bound
 from headway_apps.proteins.evaluate.likelihood import likelihood
 from headway_apps.proteins.generate.files import save
 from headway_apps.proteins.generate.lengths import draw
@@ -284,12 +285,8 @@ class Trainer:
             yield self.trained
 
     def _evaluate(self) -> None:
-        look = self.config.look
         with self._looking() as trained:
-            bound = likelihood(
-                trained, self.looked_at, tokens=self.config.batch.tokens, draws=look.draws, seed=self.config.run.seed,
-                sequences=look.sequences,
-            )  # fmt: skip
+            bound = self._bound(trained)
         loss = bound.per_residue
         self.best = loss if self.best is None else min(self.best, loss)
         self.told(f"step {self.step:,}  held out {loss:.4f} nats per residue, perplexity {bound.perplexity:.3f}")
@@ -297,6 +294,21 @@ class Trainer:
             values = {"val/loss": loss, "val/perplexity": bound.perplexity, "val/best_loss": self.best}
             self.tracker.log(values, self.step)
         self.score = loss
+
+    def _bound(self, trained: Trained) -> Bound:
+        """Of the part that is looked at, each process scoring its share."""
+        look = self.config.look
+        # The forward of a sharded model is one of all processes together: they all score all.
+        ranks, rank = (1, 0) if self.config.run.shard else (self.ranks, self.rank)
+        mine = []
+        if rank < min(len(self.looked_at), look.sequences or len(self.looked_at)):
+            mine.append(
+                likelihood(
+                    trained, self.looked_at, tokens=self.config.batch.tokens, draws=look.draws,
+                    seed=self.config.run.seed, sequences=look.sequences, share=(rank, ranks),
+                )
+            )  # fmt: skip
+        return Bound.merged(gather_object(mine) if ranks > 1 else mine)
 
     def _sample(self) -> None:
         with self._looking() as trained:
