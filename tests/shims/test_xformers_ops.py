@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -203,3 +204,13 @@ def test_info_names_the_operators_and_who_computes(capsys: pytest.CaptureFixture
     told = capsys.readouterr().out
     assert "computed by Headway" in told
     assert torch.__version__ in told
+
+
+def test_a_bool_bias_is_refused_with_a_remedy_that_is_taken() -> None:
+    q, keep = torch.randn(1, 5, 2, 8), torch.ones(1, 2, 5, 5).tril().bool()
+    with pytest.raises(RequestError, match="got an attn_bias of torch.bool, takes numbers to add") as caught:
+        xops.memory_efficient_attention(q, q, q, attn_bias=keep)
+    remedy = str(caught.value).partition("does: ")[2]
+    numbers = eval(remedy, {"torch": torch, "math": math, "keep": keep, "query": q})
+    causal = xops.memory_efficient_attention(q, q, q, attn_bias=xops.LowerTriangularMask())
+    torch.testing.assert_close(xops.memory_efficient_attention(q, q, q, attn_bias=numbers), causal)

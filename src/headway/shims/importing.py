@@ -282,12 +282,17 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname == hugging_face.MODULE:
             return hugging_face.followed(self, fullname, path, _tell_libraries)
-        shim = _SHIMS.get(fullname.partition(".")[0])
+        to_look = sys._getframe(2).f_globals.get("__name__") == "importlib.util"  # find_spec's, and not an import
+        asked = fullname.removeprefix(f"{__package__}.")
+        shim = _SHIMS.get(asked.partition(".")[0])
         if shim is None:
             return None
+        if asked != fullname:  # our own, as Python looks for it when `from flash_attn import x` finds no x
+            if to_look or importlib.machinery.PathFinder.find_spec(fullname, path) is not None:
+                return None
+            raise _nothing(shim, asked)
         if _is_theirs(fullname):
             return importlib.machinery.PathFinder.find_spec(fullname, shim.paths) if fullname == _THEIRS else None
-        to_look = sys._getframe(2).f_globals.get("__name__") == "importlib.util"  # find_spec's, and not an import
         if to_look and not shim.as_distribution:
             return None
         ours = _spec(_ours(fullname))
@@ -298,11 +303,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             )
         if to_look:
             return None
-        raise ModuleNotFoundError(
-            f"No module named {fullname!r}: Headway answers for {shim.name}, as {shim.answer.because}, and has no such"
-            " module; what it has is in docs/flash_attn.md",
-            name=fullname,
-        )
+        raise _nothing(shim, fullname)
 
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None
@@ -311,6 +312,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         for shim in list(_SHIMS.values()):
             if shim.as_distribution and is_same(wanted, _DISTRIBUTIONS[shim.name]):
                 yield Distribution(_DISTRIBUTIONS[shim.name], importlib.import_module(_ours(shim.name)))
+
+
+def _nothing(shim: _Shim, name: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"No module named {name!r}: Headway answers for {shim.name}, as {shim.answer.because}, and has no such module,"
+        f" nor anything else of that name; what it has is in docs/{shim.name}.md",
+        name=name,
+    )
 
 
 _FINDER = _Finder()

@@ -246,6 +246,11 @@ def xformers_mask(bias: Any, query: Tensor, q: Tensor, k: Tensor) -> Mask | None
     if bias is None:
         return None
     if isinstance(bias, Tensor):
+        if not bias.is_floating_point():
+            raise RequestError(
+                f"got an attn_bias of {bias.dtype}, takes numbers to add, as xFormers does:"
+                " torch.zeros_like(keep, dtype=query.dtype).masked_fill(~keep, -math.inf)"
+            )
         return Bias(_four_axes(bias, query))
     name = type(bias).__name__
     if name == "LowerTriangularMaskWithTensorBias":

@@ -148,6 +148,10 @@ def packing(
     name: str, starts: Tensor, total: int | None, longest: int | Tensor | None, device: torch.device
 ) -> Packing:
     """Cumulative lengths, checked; once for all layers that are given the same tensor. A total of None is any."""
+    if not isinstance(starts, Tensor):
+        raise RequestError(
+            f"got {name} of type {type(starts).__name__}, takes a tensor: torch.tensor({name}, dtype=torch.int32)"
+        )
     longest = int(longest) if isinstance(longest, Tensor) else longest  # a tracer's number must stay its own
     if not lasts(device) or starts.is_inference():  # which does not tell when it changes
         return _packing(name, starts, total, longest, device)

@@ -86,3 +86,12 @@ def test_masks_of_another_shape_are_refused(mask: Tensor) -> None:
         bert_padding.unpad_input(torch.randn(2, 4, 1), mask)
     with pytest.raises(RequestError, match=r"takes \(batch, length\)"):
         bert_padding.unpad_input_for_concatenated_sequences(torch.randn(2, 4, 1), mask.long())
+
+
+@pytest.mark.parametrize("filler", [-1e4, float("-inf"), 2.0])
+def test_an_additive_mask_is_refused(filler: float) -> None:
+    """1 for a token: 0 and -10000 would keep the filler, and drop the tokens."""
+    mask = torch.tensor([[0.0, 0.0, filler], [0.0, filler, filler]])
+    with pytest.raises(RequestError, match="got attention_mask with other numbers than 0 and 1.*: mask == 0"):
+        bert_padding.unpad_input(torch.randn(2, 3, 4), mask)
+    assert bert_padding.unpad_input(torch.randn(2, 3, 4), mask == 0)[4].tolist() == [2, 1]

@@ -405,3 +405,28 @@ def test_steps_of_training_leave_nothing_behind() -> None:
     del both
     gc.collect()
     assert len(packed_rows._PACKINGS) == 0
+
+
+CU = torch.tensor([0, 3, 9], dtype=torch.int32)
+TABLE = torch.zeros(2, 1, dtype=torch.int32)
+WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "pages": (
+        lambda x: interface.flash_attn_varlen_func(x, x, x, CU, CU, 6, 6, block_table=TABLE),
+        r"got block_table with k \[9, 4, 32\].*takes pages, \(pages, page length, key heads, head_dim\)",
+    ),
+    "one number": (
+        lambda x: interface.flash_attn_func(x[None], x[None], x[None], window_size=4),
+        r"got window_size=4, takes \(left, right\)",
+    ),
+    "a list": (
+        lambda x: interface.flash_attn_varlen_func(x, x, x, CU.tolist(), CU, 6, 6),
+        "got cu_seqlens_q of type list, takes a tensor: torch.tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_argument_is_refused_with_what_is(case: str) -> None:
+    call, said = WRONG[case]
+    with pytest.raises(RequestError, match=said):
+        call(torch.randn(9, 4, 32))

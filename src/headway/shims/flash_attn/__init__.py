@@ -1,6 +1,7 @@
 """What `flash_attn` has, on `headway.attention`: it runs on any device, and any dtype."""
 
 from headway.packages import SHIM
+from headway.shims.absent import absent
 from headway.shims.flash_attn.flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -22,3 +23,5 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+__getattr__ = absent(__name__)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headway.errors import RequestError
+from headway.shims.insist import insist
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
@@ -43,6 +44,9 @@ def unpad_input(
             raise RequestError(
                 f"got {name} {list(mask.shape)} for hidden_states {list(hidden_states.shape)}, takes (batch, length)"
             )
+        if mask is not None and mask.dtype != torch.bool:
+            said = "-10000 or -inf for filler adds to scores; this is 1 for a token and 0 for filler: mask == 0"
+            insist(((mask == 0) | (mask == 1)).all(), f"got {name} with other numbers than 0 and 1 ({said})")
     all_masks = attention_mask if unused_mask is None else attention_mask + unused_mask
     used = attention_mask.sum(-1, dtype=torch.int32)
     return (*_unpadded(hidden_states, all_masks, all_masks.sum(-1, dtype=torch.int32)), used)

@@ -193,6 +193,8 @@ def _attend(
 
 
 def _bounds(window_size: Window) -> Bounds:
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise RequestError(f"got window_size={window_size!r}, takes (left, right), -1 for no bound on a side: (256, 0)")
     left, right = window_size
     return unbounded(left), unbounded(right)
 
@@ -208,6 +210,11 @@ def _as_there(lse: Tensor) -> Tensor:
 def _attend_pages(site: Plain, given: Mapping[str, Any], window: Bounds, block_table: Tensor) -> tuple[Tensor, ...]:
     """Packed queries, and keys in pages."""
     q = given["q"]
+    if not given["k"].dim() == given["v"].dim() == 4:
+        raise RequestError(
+            f"got block_table with k {list(given['k'].shape)} and v {list(given['v'].shape)}, takes pages,"
+            " (pages, page length, key heads, head_dim); or leave out block_table for keys laid end to end"
+        )
     check_operands(q[None], given["k"], given["v"], packed=False)
     queries = packing("cu_seqlens_q", given["cu_seqlens_q"], len(q), given["max_seqlen_q"], q.device)
     keys = packing("cu_seqlens_k", given["cu_seqlens_k"], None, given["max_seqlen_k"], q.device)

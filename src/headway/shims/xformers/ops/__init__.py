@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headway.shims.absent import absent
 from headway.shims.xformers.ops import fmha
 from headway.shims.xformers.ops.fmha import (
     AttentionBias,
@@ -35,3 +36,5 @@ __all__ = [
 
 AttentionMask = AttentionBias
 """As it was called long ago."""
+
+__getattr__ = absent(__name__)
