@@ -6,9 +6,10 @@ WORKERS ?= 2
 REPORT ?= headway-demo.html
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint fuzz clean
+.PHONY: help demo proteins-demo test lint fuzz clean
 help:
 	@echo "make demo   run Headway on a built-in model and write $(REPORT)"
+	@echo "make proteins-demo  real sequences to a trained model, samples and a report, on CPU in under 10 minutes"
 	@echo "make test   the whole test suite"
 	@echo "make lint   ruff, mypy and the import contracts"
 	@echo "make fuzz   50,000 random calls against float64"
@@ -28,6 +29,20 @@ $(BIN)/.installed: $(BIN)/.runs
 # What a user gets: no test or lint package helps it along, unless one is there already.
 demo: $(BIN)/.runs
 	$(BIN)/headway demo --report $(REPORT)
+
+$(BIN)/.proteins: $(BIN)/.runs
+	$(BIN)/pip install -q -c constraints.txt -e ".[proteins]"
+	@touch $@
+
+proteins-demo: $(BIN)/.proteins
+	rm -rf proteins-demo/data proteins-demo/run
+	examples/proteins/sequences.sh proteins-demo
+	$(BIN)/headway proteins prepare proteins-demo/DB.fasta.gz --out proteins-demo/data --note "Debian, mmseqs2-examples"
+	$(BIN)/headway proteins train examples/proteins/demo.yaml --out proteins-demo/run
+	$(BIN)/headway proteins sample proteins-demo/run --length 40-80 -n 24 --out proteins-demo/run/samples.fasta
+	$(BIN)/headway proteins evaluate proteins-demo/run --data proteins-demo/data --sequences 100 \
+		--samples proteins-demo/run/samples.fasta
+	$(BIN)/headway proteins report proteins-demo/run --out proteins-demo/report.html
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS)

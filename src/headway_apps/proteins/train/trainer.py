@@ -311,6 +311,8 @@ class Trainer:
         return Bound.merged(gather_object(mine) if ranks > 1 else mine)
 
     def _sample(self) -> None:
+        if not (self.is_first or self.config.run.shard):
+            return
         with self._looking() as trained:
             seed = seed_of(self.config.run.seed, self.step, "samples")
             lengths = draw(trained.lengths, self.config.look.samples, seed)
