@@ -38,7 +38,10 @@ def test_all_are_public() -> None:
 @pytest.mark.parametrize(
     "error, said",
     [
-        (errors.UnknownNameError("backend", "flsh", ("auto", "flash2")), "unknown backend 'flsh'; known: auto, flash2"),
+        (
+            errors.UnknownNameError("backend", "flsh", ("auto", "flash2")),
+            "unknown backend 'flsh'; known: auto, flash2; did you mean 'flash2'?",
+        ),
         (
             errors.UnknownNameError("contract", "fast", ("maps",), where="the environment variable X"),
             "unknown contract 'fast' (from the environment variable X); known: maps",

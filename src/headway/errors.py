@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 
 class HeadwayError(Exception):
     """Root of all errors raised by Headway on purpose."""
@@ -22,7 +24,9 @@ class UnknownNameError(HeadwayError, ValueError):
         self.name = name
         self._given = (what, name, known, where)
         source = f" (from {where})" if where else ""
-        super().__init__(f"unknown {what} {name!r}{source}; known: {', '.join(known)}")
+        close = difflib.get_close_matches(name, known, 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        super().__init__(f"unknown {what} {name!r}{source}; known: {', '.join(known)}{meant}")
 
     def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, tuple[str, ...], str]]:
         return type(self), self._given  # or it could not come back from a worker process

@@ -41,7 +41,7 @@ def test_it_obeys_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--dtype", "bf16"), "bf16"),
+        (("--dtype", "int8"), "int8"),
         (("--mask", "casual"), "casual"),
         (("--device", "gpu"), "gpu"),
         (("--require", "fast"), "fast"),
@@ -52,3 +52,21 @@ def test_what_it_does_not_know_is_a_usage_error(arguments: tuple[str, ...], said
     code, text = explain(*arguments)
     assert code == 2
     assert said in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--mask", "causal and padding"), "takes terms joined by &: 'causal & padding'"),
+        (("--mask", "cusal"), "did you mean 'causal'?"),
+        (("--dtype", "bfloat61"), "did you mean 'bfloat16'?"),
+    ],
+)
+def test_a_slip_is_told_what_was_meant(arguments: tuple[str, ...], says: str) -> None:
+    done = RUN.invoke(app, ["explain", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert says in " ".join(done.output.replace("│", " ").split())
+
+
+def test_dtypes_have_short_names() -> None:
+    assert explain("--dtype", "bf16") == explain("--dtype", "bfloat16")

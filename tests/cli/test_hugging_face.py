@@ -62,3 +62,13 @@ def test_is_imported_only_when_asked_for() -> None:
     before = sys.modules.copy()
     found("encoder")
     assert {name for name in sys.modules.keys() - before.keys() if name.startswith("transformers")} == set()
+
+
+@pytest.mark.parametrize("prefix", ["hf:", ""])
+def test_a_saved_model_comes_back_with_its_own_head(prefix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saved = transformers.BertForSequenceClassification(tiny(transformers.BertConfig(num_labels=5)))
+    saved.save_pretrained(tmp_path)
+    model, _ = found(f"{prefix}{tmp_path}")
+    assert type(model) is type(saved)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), saved.parameters(), strict=True))

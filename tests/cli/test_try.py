@@ -50,6 +50,8 @@ def three():
 
 def breaks():
     raise ValueError("no such thing")
+
+ready = alone()
 """
 
 
@@ -143,6 +145,7 @@ def test_a_refused_backend_is_exit_code_1() -> None:
 def test_models_from_a_file(models: Path) -> None:
     assert attempt(f"{models}:pair", "--rounds", 0)[0] == 0
     assert attempt(f"{models}:alone", "--rounds", 0)[0] == 0
+    assert attempt(f"{models}:ready", "--rounds", 0)[0] == 0
     code, text = attempt(f"{models}:none", "--rounds", 0)
     assert (code, text.endswith("nothing swapped: no attention was found")) == (1, True)
 
@@ -154,7 +157,10 @@ def test_models_from_a_file(models: Path) -> None:
         ("odd", "without an example, and cannot guess one"),
         ("three", "made a int; takes an nn.Module"),
         ("breaks", "raised ValueError: no such thing"),
-        ("missing", "is no function of it; its functions: NoAttention, none, pair"),
+        (
+            "missing",
+            "a class of one, or a model; the file has: NoAttention, none, pair, alone, wrong",
+        ),
     ],
 )
 def test_a_file_that_does_not_help_is_exit_code_2(models: Path, function: str, says: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from report.made import Mixed, failed, named, real
 from rich.console import Console
+from torch import nn
 
 from headway.report import Report, show, show_census
-from headway.swap import inspect
+from headway.swap import inspect, swap
 
 
 def printed(report: Report, width: int = 120, **options: object) -> str:
@@ -35,6 +37,23 @@ def test_says_all_of_a_site() -> None:
     assert "forward: faster: 2.00x  2 ms before, 1 ms now" in text
     assert "forward and backward: no gain: 1.00x" in text
     assert text.splitlines()[-1] == "proven: 2 of 3 sites swapped, and each errs no more than before"
+
+
+def test_a_narrow_table_breaks_no_name() -> None:
+    lines = [line.strip() for line in printed(real(), 80).splitlines()]
+    at = next(at for at, line in enumerate(lines) if line.startswith("layer.self_attn "))
+    assert lines[at + 1] == "nn.MultiheadAttention"
+
+
+def test_runs_of_0_are_explained() -> None:
+    said = "0 runs: chosen for a kind of call that only the proof made"
+    model = nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(1, 4, 16)
+    report = Report.of(swap(model, lambda model: model(x, x, x, need_weights=False)))
+    assert said in printed(report)
+    with torch.no_grad():
+        model(x, x, x, need_weights=False)
+    assert said not in printed(report)
 
 
 def test_says_what_failed() -> None:

@@ -14,6 +14,7 @@ from headway.backends.registry import BACKENDS
 from headway.choice.choose import choose
 from headway.choice.here import here
 from headway.cli.examine import all_devices
+from headway.cli.models import SHORT
 from headway.errors import UnknownNameError
 from headway.limits.request import CONTRACTS, Request
 
@@ -62,6 +63,8 @@ def command(
             f"got {word} on {q_len} queries and {kv_len} keys, which has two readings;"
             f" takes {word}-lower-right or {word}-upper-left"
         )
+    if " and " in mask:
+        raise typer.BadParameter(f"got {mask!r}, takes terms joined by &: {mask.replace(' and ', ' & ')!r}")
     try:
         request = Request(
             batch=batch,
@@ -71,7 +74,7 @@ def command(
             kv_len=q_len if kv_len is None else kv_len,
             head_dim=head_dim,
             value_dim=head_dim if value_dim is None else value_dim,
-            dtype=_known("dtype", dtype, DTYPES),
+            dtype=_known("dtype", SHORT.get(dtype, dtype), DTYPES),
             device=_known("device", device, all_devices(), unless=device == "cuda").partition(":")[0],
             mask=frozenset(_known("mask", word.strip(), MASK_WORDS) for word in mask.split("&") if word.strip()),
             rows_may_be_empty=empty_rows,

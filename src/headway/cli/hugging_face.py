@@ -66,9 +66,15 @@ def _from_folder(folder: Path, transformers: Any) -> nn.Module:
         raise typer.BadParameter(f"got hf:{folder}, takes a folder with a transformers config.json: {error}") from error
     has_weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")] != []
     if has_weights:
-        loaded: nn.Module = _auto(config, transformers).from_pretrained(folder, local_files_only=True)
+        loaded: nn.Module = _class(config, transformers).from_pretrained(folder, local_files_only=True)
         return loaded
     return _model(config, transformers)
+
+
+def _class(config: Any, transformers: Any) -> Any:
+    """The class that the folder was saved from, which holds all that was saved."""
+    names = getattr(config, "architectures", None) or [""]
+    return getattr(transformers, names[0], None) or _auto(config, transformers)
 
 
 def _config(name: str, transformers: Any) -> Any:

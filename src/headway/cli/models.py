@@ -20,9 +20,10 @@ from headway.cli.hugging_face import from_transformers
 
 MODEL_HELP = (
     f"A built-in model ({', '.join(BUILT_IN)}); hf:<type, config class or local folder>, such as hf:llama;"
-    " timm:<name>; or path/to/file.py:function, which returns a model or (model, example)."
+    " timm:<name>; or path/to/file.py:name of a function that returns a model or (model, example), or of a model."
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 def found(name: str, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> tuple[nn.Module, Any]:
@@ -56,6 +57,8 @@ def _made(name: str) -> tuple[Any, Any]:
         return _from_timm(rest)
     if ".py:" in name:
         return _from_file(name)
+    if (Path(name) / "config.json").is_file():  # what save_pretrained writes
+        return from_transformers(name), None
     close = difflib.get_close_matches(name, BUILT_IN, 1)
     meant = f"; did you mean {close[0]}?" if close else ""
     typer.echo(listed(), err=True)
@@ -72,7 +75,7 @@ def listed() -> str:
         "  hf:<config class>          the same by its name, such as hf:LlamaConfig",
         "  hf:<local folder>          with config.json; its weights if it has any, random ones if not",
         "  timm:<name>                a model of timm with random weights",
-        "  path/to/file.py:function   what the function returns: a model, or (model, example)",
+        "  path/to/file.py:function   what the function returns: a model, or (model, example); or a model by its name",
     ]
     return "\n".join(lines)
 
@@ -93,7 +96,9 @@ def _from_timm(name: str) -> tuple[nn.Module, Any]:
 
 def _from_file(name: str) -> tuple[Any, Any]:
     file, _, function = name.rpartition(":")
-    make = _function(Path(file), function)
+    make = _maker(Path(file), function)
+    if isinstance(make, nn.Module):
+        return make, None
     try:
         made = make()
     except Exception as error:
@@ -101,7 +106,7 @@ def _from_file(name: str) -> tuple[Any, Any]:
     return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
 
 
-def _function(path: Path, name: str) -> Callable[[], Any]:
+def _maker(path: Path, name: str) -> Callable[[], Any]:
     if not path.is_file():
         raise typer.BadParameter(f"got {path}:{name}, but there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
@@ -116,9 +121,17 @@ def _function(path: Path, name: str) -> Callable[[], Any]:
         raise typer.BadParameter(f"cannot import {path}: {type(error).__name__}: {error}") from error
     make = getattr(module, name, None)
     if not callable(make):
-        known = ", ".join(key for key, value in vars(module).items() if callable(value) and key[0] != "_") or "none"
-        raise typer.BadParameter(f"got {path}:{name}, which is no function of it; its functions: {known}")
+        made_here = (key for key, value in vars(module).items() if key[0] != "_" and _makes(value, path.stem))
+        known = ", ".join(made_here) or "nothing"
+        raise typer.BadParameter(
+            f"got {path}:{name}, takes a function that makes a model, a class of one, or a model; the file has: {known}"
+        )
     return make  # type: ignore[no-any-return]
+
+
+def _makes(value: Any, module: str) -> bool:
+    """Whether it is a model, or a function or class of that Python module."""
+    return isinstance(value, nn.Module) or (callable(value) and getattr(value, "__module__", "") == module)
 
 
 def moved(example: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -133,6 +146,7 @@ def moved(example: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _dtype(name: str) -> torch.dtype:
+    name = SHORT.get(name, name)
     if name not in DTYPES:
         raise typer.BadParameter(f"got dtype {name!r}, takes {', '.join(DTYPES)}")
     found: torch.dtype = getattr(torch, name)

@@ -15,7 +15,8 @@ from headway.report.times import in_ms
 from headway.swap.census import Census
 
 WIDE = 110
-"""Columns from which all is shown; narrower, the worse of two errors is, and no 'asked' that only says auto."""
+"""Columns from which all is shown; narrower, the worse of two errors is, no 'asked' that only says auto, and the
+kind stands below the site."""
 
 COLOURS = {"faster": "green", "slower": "red", "no gain": "yellow", "unclear": "yellow"}
 
@@ -87,14 +88,14 @@ def _show_swapped(rows: Sequence[Row], console: Console) -> None:
         letters.setdefault(reason, string.ascii_lowercase[number] if number < 26 else str(number))
     wide = console.width >= WIDE
     asked = wide or any(row.ticket.asked != "auto" for row in rows)
-    table = _table("site", "kind")
+    table = _table(*("site", "kind") if wide else ("site",))
     errors = ("forward\nnow/before", "gradients\nnow/before") if wide else ("error\nnow/before",)
     for column in (*(("asked",) if asked else ()), "chosen", "why", "runs", *errors):
         table.add_column(column, no_wrap=True, justify="right" if column == "runs" else "left")
     for row in rows:
+        site, kind = escape(_named(row.ticket.name, row.ticket.aliases)), escape(row.ticket.kind)
         table.add_row(
-            escape(_named(row.ticket.name, row.ticket.aliases)),
-            escape(row.ticket.kind),
+            *((site, kind) if wide else (f"{site}\n{kind}",)),
             *((escape(row.ticket.asked),) if asked else ()),
             escape("\n".join(row.chosen) or "not run yet"),
             "".join(letters[why] for why in row.why),
@@ -104,6 +105,8 @@ def _show_swapped(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
     for reason, letter in letters.items():
         console.print(f"  {letter}  {reason}", highlight=False, markup=False)
+    if not all(count for row in rows for count in row.chosen.values()):
+        console.print("  0 runs: chosen for a kind of call that only the proof made", highlight=False)
 
 
 def _short(found: Level | None) -> str:
