@@ -181,12 +181,11 @@ def test_what_is_left_alone_is_refused_with_its_reason() -> None:
             swap(made, torch.randn(2, 3, 8), only=selection)
 
 
-@pytest.mark.parametrize("wrong", [3, None, [3], lambda module: True, [lambda: True]], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [3, [3], lambda module: True, [lambda: True]], ids=("number", "numbers", "of the module", "of nothing")
+)
 @pytest.mark.parametrize("word", ["only", "skip"])
 def test_what_is_no_selection_is_refused(word: str, wrong: Any) -> None:
-    if wrong is None:  # which leaves the choice to the swap
-        assert len(swap(model(), **{word: None}).census.swapped) == 6
-        return
     with pytest.raises(SwapError, match=rf"got {word}=.*takes a glob on names, .* a predicate of two"):
         swap(model(), **{word: wrong})
 
