@@ -547,14 +547,3 @@ def test_a_proof_says_what_it_is_at_to_who_listens(caplog: pytest.LogCaptureFixt
     assert "proving site 2 of 2: layers.1.self_attn" in caplog.messages
     assert "edge deck, 2 heads of 8: strided views" in caplog.messages
     assert caplog.messages[-1] == "proving the whole model"
-
-
-@pytest.mark.parametrize("filler", [-float("inf"), torch.finfo(torch.float32).min])
-def test_a_mask_of_filler_needs_no_gradient(filler: float) -> None:
-    """PyTorch's layers make numbers of a bool mask, and a backend asked for by name may not give those a gradient."""
-    model, x = nn.MultiheadAttention(16, 2, batch_first=True), torch.randn(2, 5, 16)
-    numbers = torch.zeros(2, 5).masked_fill(torch.arange(5) >= torch.tensor([[5], [3]]), filler)
-    for bias, learned in ((numbers, False), (torch.randn(2, 5), True)):
-        done = swap(model, {"query": x, "key": x, "value": x, "key_padding_mask": bias, "need_weights": False})
-        (ticket,) = done.census.swapped
-        assert {decision.request.mask_needs_grad for decision in ticket.decisions.values()} == {learned}

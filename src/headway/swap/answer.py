@@ -154,8 +154,7 @@ def _mapped(value: Any, dtype: torch.dtype | None, inputs: list[Tensor], without
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value
-        learns = f"input {len(inputs)}" not in without and not _is_filler(value)
-        made = value.detach().to(dtype or value.dtype, copy=True).requires_grad_(learns)
+        made = value.detach().to(dtype or value.dtype, copy=True).requires_grad_(f"input {len(inputs)}" not in without)
         inputs.append(made)
         return made.clone()  # which a module may write to
     if isinstance(value, dict):
@@ -163,9 +162,3 @@ def _mapped(value: Any, dtype: torch.dtype | None, inputs: list[Tensor], without
     if type(value) in (tuple, list):
         return type(value)(_mapped(each, dtype, inputs, without) for each in value)
     return value if isinstance(value, nn.Module) else copy.deepcopy(value)
-
-
-def _is_filler(x: Tensor) -> bool:
-    """Whether it is a bool mask as numbers to add, which PyTorch's layers make of one: nobody learns that."""
-    hides = x <= torch.finfo(x.dtype).min
-    return bool(hides.any() and (hides | (x == 0)).all())
