@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from proteins.families import prepared, protein
+
+from headway_apps.training import trackers
 
 CONFIG = """
 data: {{folder: {data}}}
@@ -34,6 +37,11 @@ def weights(run: Path, step: int = 8) -> dict[str, str]:
     """A hash of each file of tensors that a checkpoint has."""
     files = (run / "checkpoints" / f"step-{step:09d}").glob("*.safetensors")
     return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in sorted(files)}
+
+
+def told(run: Path, name: str) -> list[Any]:
+    """All that a run tracked under a name, in order."""
+    return [line[name] for line in trackers.read(run / "metrics.jsonl") if name in line]
 
 
 def environment() -> dict[str, str]:
