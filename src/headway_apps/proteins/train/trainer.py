@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.train import state
 from headway_apps.proteins.train.ahead import Ahead
 from headway_apps.proteins.train.objective import Objective, seed_of
+from headway_apps.proteins.train.window import Window
 from headway_apps.proteins.trained import Trained
 from headway_apps.training import precision
 from headway_apps.training.average import Average
@@ -83,50 +83,59 @@ class Trainer:
         self.part = prepared["train"]
         self.looked_at = prepared[config.look.part]
         symbols, noise = config.data.symbols, config.noise
-        letters = "".join(sorted({*self.part.letters, *self.looked_at.letters}))
-        torch.manual_seed(seed_of(config.run.seed, 0, "weights"))
-        self.bare = DiT(config.network)
-        self.bare.checkpointing = config.run.checkpointing
-        self.objective = Objective(
-            noise.of(symbols, letters), noise.levels, config.curriculum.curriculum, noise.loss, config.run.seed
-        )
+        graph = noise.of(symbols, "".join(sorted({*self.part.letters, *self.looked_at.letters})))
+        self.objective = Objective(graph, noise.levels, config.curriculum.curriculum, noise.loss, config.run.seed)
+        self.rate = Rate(config.optim.lr, config.optim.warmup, config.run.steps, config.optim.least * config.optim.lr)
         self.checkpoints = Checkpoints(run / "checkpoints", config.keep.checkpoints)
         begun = self._begun(resume)
-        if begun is not None:
-            self.bare.load_state_dict(begun.tensors("model"))
-        optimizer = torch.optim.AdamW(
-            self.bare.parameters(), config.optim.lr, betas=(config.optim.betas[0], config.optim.betas[1]),
-            weight_decay=config.optim.weight_decay, fused=self.device.type == "cuda",
-        )  # fmt: skip
-        if config.run.compile:
-            self.bare.compile_parts()
-        self.model, self.optimizer = self.accelerator.prepare(self.bare.train(), optimizer)
-        self.bare = self.accelerator.unwrap_model(self.model)
+        self.batches = self._stream()
+        self._make_model(begun)
         self.average = None if config.optim.average is None else Average(self.bare, config.optim.average)
-        self.rate = Rate(config.optim.lr, config.optim.warmup, config.run.steps, config.optim.least * config.optim.lr)
-        self.trained = Trained(self.bare, symbols, self.objective.graph, noise.levels, _histogram(self.part))
-        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        if config.batch.per_step % self.ranks:
-            raise TrainingError(
-                f"got {config.batch.per_step} batches a step for {self.ranks} processes, takes a multiple of those:"
-                f" batch.per_step={self.ranks * math.ceil(config.batch.per_step / self.ranks)}"
-            )
-        self.batches = Batches(
-            self.part, symbols, config.batch.tokens, seed=config.run.seed, buckets=config.batch.buckets,
-            per_step=config.batch.per_step, rank=self.rank, ranks=self.ranks,
-        )  # fmt: skip
+        self.trained = Trained(self.bare, symbols, graph, noise.levels, _histogram(self.part))
         self.step = self.updates = 0
         self.best: float | None = None
         self.score: float | None = None
+        """What this step's weights were found to be worth, if they were looked at."""
         if begun is not None:
             self._restore(begun)
         self.place: dict[str, Any] = self.batches.state_dict()
         self.ahead = Ahead(self.batches, config.batch.per_step // self.ranks, pinned=self.device.type == "cuda")
         self.tracker = self._tracker() if self.is_first else None
         self.recent: deque[tuple[int, list[Tensor]]] = deque(maxlen=config.every.log)
-        self.window = _Window(self.device)
+        self.window = Window(self.device)
 
     # -- beginning and ending -----------------------------------------------------------------------------------------
+
+    def _stream(self) -> Batches:
+        """This process's part of the batches."""
+        batch = self.config.batch
+        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        if batch.per_step % self.ranks:
+            raise TrainingError(
+                f"got {batch.per_step} batches a step for {self.ranks} processes, takes a multiple of those:"
+                f" batch.per_step={self.ranks * math.ceil(batch.per_step / self.ranks)}"
+            )
+        return Batches(
+            self.part, self.config.data.symbols, batch.tokens, seed=self.config.run.seed, buckets=batch.buckets,
+            per_step=batch.per_step, rank=self.rank, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _make_model(self, begun: Checkpoint | None) -> None:
+        """`model` as it is trained, over all processes; `bare`, the network in it."""
+        run, optim = self.config.run, self.config.optim
+        torch.manual_seed(seed_of(run.seed, 0, "weights"))
+        network = DiT(self.config.network)
+        network.checkpointing = run.checkpointing
+        if begun is not None:
+            network.load_state_dict(begun.tensors("model"))
+        optimizer = torch.optim.AdamW(
+            network.parameters(), optim.lr, betas=(optim.betas[0], optim.betas[1]), weight_decay=optim.weight_decay,
+            fused=self.device.type == "cuda",
+        )  # fmt: skip
+        if run.compile:
+            network.compile_parts()
+        self.model, self.optimizer = self.accelerator.prepare(network.train(), optimizer)
+        self.bare: DiT = self.accelerator.unwrap_model(self.model)
 
     def _begun(self, resume: bool) -> Checkpoint | None:
         found = self.checkpoints.latest()
@@ -187,14 +196,8 @@ class Trainer:
             last = self.step == config.run.steps
             if last or not self.step % every.log:
                 loss = self._log()
-            if last or not self.step % every.evaluate:
-                self._check()
-                self._evaluate()
-            if config.look.samples and (last or not self.step % every.samples):
-                self._sample()
-            if last or not self.step % every.save:
-                self._check()
-                self._save()
+            with self.window.paused():
+                self._between(last)
         if self.tracker is not None:
             self.tracker.log(
                 {"summary/final_step": self.step, "summary/final_train_loss": loss, "summary/training_completed": True}
@@ -202,6 +205,18 @@ class Trainer:
                 self.step,
             )
         return Outcome(self.step, loss, self.best, self.run)
+
+    def _between(self, last: bool) -> None:
+        """What is done after some steps."""
+        every = self.config.every
+        if last or not self.step % every.evaluate:
+            self._check()
+            self._evaluate()
+        if self.config.look.samples and (last or not self.step % every.samples):
+            self._sample()
+        if last or not self.step % every.save:
+            self._check()
+            self._save()
 
     def _one(self) -> None:
         """One step of the optimizer."""
@@ -344,56 +359,6 @@ class Trainer:
             scores = {"checkpoint/current_loss": self.score, "checkpoint/best_loss": self.best}
             self.tracker.log(told | {name: value for name, value in scores.items() if value is not None}, self.step)
         self.accelerator.wait_for_everyone()
-
-
-class _Window:
-    """Sums over the steps since the last log. They stay on the device until they are told."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.wrong = torch.full((), -1, device=device)
-        self.rate = self.epoch = 0.0
-        self._begin()
-
-    def _begin(self) -> None:
-        self.nats = torch.zeros(
-            (), dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device
-        )
-        self.residues = self.sequences = self.steps = 0
-        self.norm: Tensor | None = None
-        self.since = time.perf_counter()
-
-    def add(self, nats: Tensor, residues: int, sequences: int, norm: Tensor | None, step: int) -> None:
-        self.nats += nats
-        self.residues, self.sequences, self.steps = self.residues + residues, self.sequences + sequences, self.steps + 1
-        self.norm = norm
-        self.wrong = torch.where((self.wrong < 0) & ~nats.isfinite(), step - 1, self.wrong)
-
-    def first_wrong(self, accelerator: Accelerator) -> int | None:
-        wrong = accelerator.gather(self.wrong.view(1)) if accelerator.num_processes > 1 else self.wrong.view(1)
-        found = [int(each) for each in wrong.tolist() if each >= 0]
-        return min(found) if found else None
-
-    def told(self, accelerator: Accelerator, step: int) -> dict[str, Any]:
-        """Of all processes, by the names under which they are tracked; then the sums begin anew."""
-        counts = torch.tensor([self.residues, self.sequences], device=self.device)
-        nats = self.nats
-        if accelerator.num_processes > 1:
-            nats, counts = accelerator.reduce(nats), accelerator.reduce(counts)
-        loss, (residues, sequences) = float(nats), counts.tolist()
-        seconds = time.perf_counter() - self.since
-        found = {
-            "train/step": step, "train/epoch": self.epoch,
-            "train/loss": loss / residues, "train/learning_rate": self.rate,
-            "train/grad_norm": math.nan if self.norm is None else float(self.norm),
-            "train/batch_time": seconds / self.steps, "train/samples_per_second": sequences / seconds,
-            "train/residues_per_second": residues / seconds,
-        }  # fmt: skip
-        if self.device.type == "cuda":
-            found["system/gpu_memory_allocated_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            found["system/gpu_memory_reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / 1e9
-        self._begin()
-        return found
 
 
 def _accelerator(config: Config) -> Accelerator:
