@@ -79,7 +79,11 @@ class DiT(nn.Module):
         self._check(tokens, sigma_bar, packed)
         if packed is not None and packed.is_rows:
             rows = tokens.reshape(packed.documents, packed.longest)
-            return self.forward(rows, sigma_bar).reshape(*tokens.shape, self.config.scored)
+            return self._scored(rows, sigma_bar, None).reshape(*tokens.shape, self.config.scored)
+        return self._scored(tokens, sigma_bar, packed)
+
+    def _scored(self, tokens: Tensor, sigma_bar: Tensor, packed: Packed | None) -> Tensor:
+        # No part of this calls forward, around which others may have put something that is entered once.
         rows = tokens if packed is None else tokens.reshape(1, -1)
         x = self.embed(rows)
         told = self.time(sigma_bar)
