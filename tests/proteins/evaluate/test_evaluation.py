@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,18 @@ def test_every_number_is_there_or_its_absence_has_a_reason(data: Prepared, tmp_p
     found.save(tmp_path / "evaluation.json")
     assert Evaluation.load(tmp_path / "evaluation.json") == found
     assert [each.name for each in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_it_needs_no_network_and_no_other_model(data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("there is no network")
+
+    for name in ("transformers", "huggingface_hub", "esm", "rdkit"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(socket, "socket", refused)
+    found = evaluate(trained(), data, model="made", samples=Samples(["MKT" * 12], "a test"))
+    assert found.likelihood.residues == data["held_out"].residues
+    assert found.statistics[0].nearness is not None
 
 
 def test_what_was_not_asked_for_is_named_as_absent(data: Prepared) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_packaging import SETTINGS
 
 SRC = Path(__file__).parents[3] / "src"
@@ -34,10 +35,29 @@ assert fusers() == flags
 """
 
 
-def test_it_runs_without_packages_of_others_and_sets_nothing_for_the_process() -> None:
+EVERY_MODULE = f"""
+import sys
+sys.path.insert(0, {str(SRC)!r})
+{SETTINGS}
+import accelerate.utils, matplotlib, pyarrow, pydantic, safetensors.torch, yaml
+import torch.distributed.checkpoint.state_dict, torch.distributed.tensor
+before = settings()
+import importlib, pkgutil, headway_apps
+for module in pkgutil.walk_packages(headway_apps.__path__, "headway_apps."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+after = settings()
+assert not [(a, b) for a, b in zip(before, after) if a != b]
+assert "headway_apps.proteins.train.trainer" in sys.modules
+print(*{{"flash_attn", "wandb", "trackio", "tensorboard", "seaborn", "transformers"}} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("code", [RUN, EVERY_MODULE], ids=["the network", "every module"])
+def test_it_runs_without_packages_of_others_and_sets_nothing_for_the_process(code: str) -> None:
     """The original's import set four flags of PyTorch's fuser, and died where flash-attn was not."""
     done = subprocess.run(
-        [sys.executable, "-c", RUN], capture_output=True, text=True, check=False, cwd="/",
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/",
         env={name: os.environ[name] for name in ("PATH", "HOME", "XDG_CACHE_HOME") if name in os.environ},
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
