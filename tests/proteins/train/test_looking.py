@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proteins.families import prepared
 from proteins.train.runs import told, weights
 
 from headway import RequestError
 from headway_apps.proteins.cli.opened import opened
 from headway_apps.proteins.config import Config
+from headway_apps.proteins.data import fasta
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.diffusion.bound import Bound
 from headway_apps.proteins.evaluate.likelihood import likelihood
@@ -68,6 +70,14 @@ def test_the_best_is_that_of_what_was_held_out_and_a_run_goes_on_from_the_last(
     assert told(run, "checkpoint/is_best") == [1, 1, 0, 0, 0]
     assert told(run, "val/best_loss") == [3.0, 2.5, 2.5, 2.5, 2.5]
     assert told(run, "val/loss") == list(LOSSES)
+
+
+def test_samples_of_a_run_are_as_long_as_its_data(config: Configs, tmp_path: Path) -> None:
+    prepared(tmp_path / "data", ["MKTAY", "MKTAYIAKQ"] * 4, held_out=["MKTAYIAKQRQISF"])
+    changes = ("look.samples=12", "run.steps=4", f"data.folder={tmp_path / 'data'}")
+    train(config(*changes), tmp_path / "run")
+    (file,) = tmp_path.glob("run/samples/*.fasta")
+    assert {len(each.sequence) for each in fasta.read(file)} == {5, 9}
 
 
 @pytest.mark.parametrize("what", ["likelihood", "generate"])
