@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,9 @@ def records(sequences: Sequence[str]) -> list[Record]:
     return [Record(f"sp|P{at:05d}|MADE_{at}", each, "Made protein OS=Nobody") for at, each in enumerate(sequences)]
 
 
-def prepared(folder: Path, sequences: Sequence[str], **others: Sequence[str]) -> Prepared:
+def prepared(
+    folder: Path, sequences: Sequence[str], *, provenance: dict[str, Any] | None = None, **others: Sequence[str]
+) -> Prepared:
     """A folder with these in its part `train`, in this order, and others in theirs."""
     with appearing(folder) as partial:
         parts = {}
@@ -49,5 +52,5 @@ def prepared(folder: Path, sequences: Sequence[str], **others: Sequence[str]) ->
             for each in records(held):
                 writer.add(each)
             parts[name] = writer.finish()
-        write_manifest(partial, parts, {})
+        write_manifest(partial, parts, provenance or {})
     return Prepared(folder)

@@ -58,6 +58,6 @@ def sha256(path: Path) -> str:
     """Of a file, in constant memory."""
     found = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 16):
             found.update(block)
     return found.hexdigest()

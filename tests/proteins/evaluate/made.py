@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from proteins.families import protein, records
+from proteins import families
+from proteins.families import protein
 
 from headway_apps.proteins.alphabet import ESM
-from headway_apps.proteins.data.shards import Prepared, Writer, appearing, write_manifest
+from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.diffusion.graphs import Absorbing, Graph, Uniform
 from headway_apps.proteins.diffusion.schedules import LogLinear
 from headway_apps.proteins.model.config import DiTConfig
@@ -22,25 +23,20 @@ GRAPHS: dict[str, Graph] = {
 }
 
 
+PROVENANCE = {
+    "sources": [{"file": "made.fasta", "bytes": 1234, "sha256": "ab" * 32}], "note": "made <for> a test",
+    "rules": {"shortest": 30, "longest": 510, "ambiguous": 0.0, "duplicates": False},
+    "counts": {"read": 90, "taken": 84, "rejected": {"shorter than 30": 6}, "mended": {}, "noted": {}},
+    "split": {"by": "kmers", "shares": {"held_out": 0.3}, "seed": 0, "clusters": 84, "largest": 1},
+    "leakage": {"measured": 24, "like": 0, "median": 0.01, "most": 0.05},
+    "written": "2026-01-02T03:04:05+00:00", "versions": {"headway": "0.1.0"},
+}  # fmt: skip
+
+
 def prepared(folder: Path, train: int = 60, held_out: int = 24, seed: int = 0) -> Prepared:
     rng = np.random.default_rng(seed)
-    with appearing(folder) as partial:
-        told = {}
-        for name, count in (("train", train), ("held_out", held_out)):
-            writer = Writer(partial, name)
-            for each in records([protein(rng, int(length)) for length in rng.integers(30, 60, count)]):
-                writer.add(each)
-            told[name] = writer.finish()
-        provenance = {
-            "sources": [{"file": "made.fasta", "bytes": 1234, "sha256": "ab" * 32}], "note": "made <for> a test",
-            "rules": {"shortest": 30, "longest": 510, "ambiguous": 0.0, "duplicates": False},
-            "counts": {"read": 90, "taken": 84, "rejected": {"shorter than 30": 6}, "mended": {}, "noted": {}},
-            "split": {"by": "kmers", "shares": {"held_out": 0.3}, "seed": 0, "clusters": 84, "largest": 1},
-            "leakage": {"measured": 24, "like": 0, "median": 0.01, "most": 0.05},
-            "written": "2026-01-02T03:04:05+00:00", "versions": {"headway": "0.1.0"},
-        }  # fmt: skip
-        write_manifest(partial, told, provenance)
-    return Prepared(folder)
+    some = [[protein(rng, int(length)) for length in rng.integers(30, 60, count)] for count in (train, held_out)]
+    return families.prepared(folder, some[0], held_out=some[1], provenance=PROVENANCE)
 
 
 def trained(graph: str = "absorbing", guesses: bool = False) -> Trained:

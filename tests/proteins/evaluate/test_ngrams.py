@@ -8,25 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from proteins.families import LETTERS, protein, records
+from proteins.families import LETTERS, prepared, protein
 
 from headway import RequestError
 from headway_apps.proteins.alphabet import STANDARD
-from headway_apps.proteins.data.shards import Part, Prepared, Writer, appearing, write_manifest
+from headway_apps.proteins.data.shards import Part
 from headway_apps.proteins.evaluate import ngrams
 from headway_apps.proteins.evaluate.ngrams import NGrams, baselines
 
 
 def parts(folder: Path, train: list[str], held_out: list[str]) -> tuple[Part, Part]:
-    with appearing(folder) as partial:
-        told = {}
-        for name, sequences in (("train", train), ("held_out", held_out)):
-            writer = Writer(partial, name)
-            for each in records(sequences):
-                writer.add(each)
-            told[name] = writer.finish()
-        write_manifest(partial, told, {})
-    found = Prepared(folder)
+    found = prepared(folder, train, held_out=held_out)
     return found["train"], found["held_out"]
 
 

@@ -48,7 +48,7 @@ def kmers(sequence: str) -> Ints:
     return np.unique(whole @ (len(STANDARD) ** np.arange(K)))
 
 
-class _Index:
+class Index:
     """For each 5-mer, which sequences have it. Holds 16 bytes or so a residue."""
 
     def __init__(self, sequences: Sequence[str]) -> None:
@@ -77,7 +77,7 @@ def cluster(sequences: Sequence[str], likeness: Likeness, progress: Callable[[in
 
     Single linkage over all pairs, so that no two sequences of different clusters are like.
     """
-    index = _Index(sequences)
+    index = Index(sequences)
     parent = np.arange(len(sequences))
     for at in range(len(sequences)):
         for other in _like(index, index[at], likeness):
@@ -87,7 +87,7 @@ def cluster(sequences: Sequence[str], likeness: Likeness, progress: Callable[[in
     return np.array([_root(parent, at) for at in range(len(sequences))], dtype=np.int64)
 
 
-def _like(index: _Index, codes: Ints, likeness: Likeness) -> Ints:
+def _like(index: Index, codes: Ints, likeness: Likeness) -> Ints:
     shared = index.shared(codes)
     fewer = np.minimum(index.counts, len(codes))
     return np.flatnonzero((shared >= likeness.at_least) & (shared >= likeness.part * fewer))
@@ -166,7 +166,7 @@ class Leakage:
 
 def leakage(train: Sequence[str], held_out: Sequence[str], likeness: Likeness) -> Leakage:
     """Of a split, however it was made."""
-    index = _Index(train)
+    index = Index(train)
     found = [_nearest(index, kmers(each), likeness) for each in held_out]
     parts = np.array([part for part, _ in found])
     return Leakage(
@@ -177,6 +177,6 @@ def leakage(train: Sequence[str], held_out: Sequence[str], likeness: Likeness) -
     )
 
 
-def _nearest(index: _Index, codes: Ints, likeness: Likeness) -> tuple[float, bool]:
+def _nearest(index: Index, codes: Ints, likeness: Likeness) -> tuple[float, bool]:
     parts: Floats = index.shared(codes) / np.maximum(1, np.minimum(index.counts, len(codes)))
     return float(parts.max(initial=0.0)), len(_like(index, codes, likeness)) > 0

@@ -15,8 +15,9 @@ import headway
 from headway import RequestError
 from headway_apps.proteins.data import clusters, fasta
 from headway_apps.proteins.data.pickled import read_pickled
-from headway_apps.proteins.data.shards import Part, Prepared, Writer, appearing, sha256, write_manifest
+from headway_apps.proteins.data.shards import Part, Prepared, Writer, appearing, write_manifest
 from headway_apps.proteins.errors import DataError
+from headway_apps.training import folders
 
 PICKLES = (".pt", ".pth")
 MOST_RESIDUES = 500_000_000
@@ -71,7 +72,7 @@ def prepare(
 
 def _source(path: Path) -> dict[str, Any]:
     try:
-        return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        return {"file": path.name, "bytes": path.stat().st_size, "sha256": folders.sha256(path)}
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 

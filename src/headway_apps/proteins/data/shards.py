@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +24,7 @@ from numpy.typing import NDArray
 from headway_apps.proteins.alphabet import Alphabet
 from headway_apps.proteins.data.fasta import Record
 from headway_apps.proteins.errors import DataError
+from headway_apps.training import folders
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -46,26 +44,11 @@ def appearing(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     if folder.exists():
         raise DataError(f"got {folder}, which is there already, takes a new folder; delete it, or give another name")
-    partial = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
     try:
-        partial.mkdir(parents=True)
-        try:
+        with folders.appearing(folder) as partial:
             yield partial
-            _sync(partial)
-            partial.rename(folder)
-            _sync(folder.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror or error}; nothing was kept") from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass
@@ -109,10 +92,9 @@ class Writer:
             return
         self._file.close()
         path = self.folder / self._name()
-        _sync(path)
         self.shards.append(
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "sequences": self._sequences,
-             "residues": self._residues}
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": folders.sha256(path),
+             "sequences": self._sequences, "residues": self._residues}
         )  # fmt: skip
         self._file, self._residues, self._sequences = None, 0, 0
 
@@ -134,22 +116,11 @@ def write_manifest(folder: Path, parts: dict[str, dict[str, Any]], provenance: d
     with (folder / MANIFEST).open("x", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _fingerprint(parts: dict[str, dict[str, Any]]) -> str:
     told = {name: [each["sha256"] for each in part["shards"]] for name, part in parts.items()}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in constant memory."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 16):
-            found.update(block)
-    return found.hexdigest()
 
 
 class Prepared:
@@ -163,7 +134,7 @@ class Prepared:
         self.fingerprint: str = self.manifest["fingerprint"]
         if verify:
             for shard in (each for part in self.manifest["parts"].values() for each in part["shards"]):
-                if sha256(_whole(folder, shard)) != shard["sha256"]:
+                if folders.sha256(_whole(folder, shard)) != shard["sha256"]:
                     raise DataError(
                         f"got {folder / shard['file']}, which changed since it was written; prepare it again"
                     )

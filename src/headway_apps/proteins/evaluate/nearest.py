@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from headway_apps.proteins.data.clusters import Ints, _Index, kmers
+from headway_apps.proteins.data.clusters import Index, Ints, kmers
 
 CANDIDATES = 8
 
@@ -21,7 +21,7 @@ def identities(
     proteins: Sequence[str], train: Sequence[str], progress: Callable[[int], None] = lambda _: None
 ) -> list[float]:
     """Of each protein, of one letter or more, with the nearest training sequence."""
-    index = _Index(train)
+    index = Index(train)
     found = []
     for at, protein in enumerate(proteins, 1):
         best = min(edits(protein, train[each]) for each in _candidates(index, protein))
@@ -30,7 +30,7 @@ def identities(
     return found
 
 
-def _candidates(index: _Index, protein: str) -> Ints:
+def _candidates(index: Index, protein: str) -> Ints:
     shared = index.shared(kmers(protein))
     return np.argsort(-shared, kind="stable")[:CANDIDATES]
 

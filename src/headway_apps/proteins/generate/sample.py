@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headway import RequestError, UnknownNameError
 from headway_apps.proteins.alphabet import STANDARD
 from headway_apps.proteins.diffusion.samplers import Analytic, Euler, FirstHitting, Sampler, Stepped
 from headway_apps.proteins.generate.templates import Template
+from headway_apps.proteins.model.evaluated import evaluated
 
 if TYPE_CHECKING:
     from headway_apps.proteins.trained import Trained
@@ -73,7 +73,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     device = next(trained.model.parameters()).device
     proteins = [""] * len(templates)
-    with _evaluating(trained.model), torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
+    with evaluated(trained.model), torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
         for batch in batches:
             drawn = _draw(trained, [templates[at] for at in batch], walker, generator, device, told)
             for at, protein in zip(batch, drawn, strict=True):
@@ -145,15 +145,3 @@ def _draw(
         assert set(protein) <= set(STANDARD), f"a sampler made {protein}"
         assert template.fits(protein), f"a sampler made {protein} of {template.sites}"
     return proteins
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
