@@ -17,6 +17,7 @@ from headway_apps.proteins.data import fasta
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.diffusion.bound import Bound
 from headway_apps.proteins.evaluate.likelihood import likelihood
+from headway_apps.proteins.generate.sample import generate
 from headway_apps.proteins.train import trainer
 from headway_apps.proteins.train.trainer import train
 from headway_apps.training.checkpoints import Checkpoints
@@ -72,12 +73,17 @@ def test_the_best_is_that_of_what_was_held_out_and_a_run_goes_on_from_the_last(
     assert told(run, "val/loss") == list(LOSSES)
 
 
-def test_samples_of_a_run_are_as_long_as_its_data(config: Configs, tmp_path: Path) -> None:
+def test_samples_of_a_run_are_of_its_averaged_weights_and_as_long_as_its_data(config: Configs, tmp_path: Path) -> None:
     prepared(tmp_path / "data", ["MKTAY", "MKTAYIAKQ"] * 4, held_out=["MKTAYIAKQRQISF"])
     changes = ("look.samples=12", "run.steps=4", f"data.folder={tmp_path / 'data'}")
     train(config(*changes), tmp_path / "run")
     (file,) = tmp_path.glob("run/samples/*.fasta")
-    assert {len(each.sequence) for each in fasta.read(file)} == {5, 9}
+    found = list(fasta.read(file))
+    lengths = [len(each.sequence) for each in found]
+    assert set(lengths) == {5, 9}
+    seed = int(found[0].name.removeprefix("seed").partition("-")[0])
+    model, _ = opened(tmp_path / "run")
+    assert [each.sequence for each in found] == generate(model, lengths, seed=seed).proteins
 
 
 @pytest.mark.parametrize("what", ["likelihood", "generate"])
