@@ -55,6 +55,7 @@ def test_a_batch_is_its_encoded_sequences_end_to_end(alphabet: Alphabet) -> None
     assert batch.document.tolist() == [0] * 5 + [1] * 3 + [2] * 7
     assert batch.index.tolist() == [0, 1, 2]
     assert batch.residues == 9
+    assert batch.free.tolist() == [each in alphabet.residues for each in batch.tokens.tolist()]
     tensors = (batch.tokens, batch.lengths, batch.positions, batch.document, batch.index)
     assert {each.dtype for each in tensors} == {torch.int64}
 
@@ -63,6 +64,7 @@ def test_an_empty_sequence_is_its_boundaries() -> None:
     batch = packed("", "A", "")
     assert batch.tokens.tolist() == [0, 2, *ESM.encode("A"), 0, 2]
     assert batch.residues == 1
+    assert batch.free.tolist() == [False, False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("letter", ["X", "a", "*", "\xff"])

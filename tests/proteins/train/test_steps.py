@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,25 @@ def test_no_gradient_is_left_over_for_the_next_step_or_epoch(config: Configs, ei
     norms = told(tmp_path / "run", "train/grad_norm")
     assert norms == pytest.approx([norms[0]] * 6, rel=1e-5)
     assert norms[0] > 0
+
+
+def test_gradients_are_sent_once_a_step(config: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the last of its batches: between processes, sending them each time comes to the same, but later."""
+    kept: list[int] = []
+    calls: list[int] = []
+    nats, one = Objective.nats, trainer.Trainer._one
+
+    @contextlib.contextmanager
+    def no_sync(self: Any, model: Any) -> Iterator[None]:
+        kept[-1] += 1
+        yield
+
+    monkeypatch.setattr(trainer.Accelerator, "no_sync", no_sync)
+    monkeypatch.setattr(Objective, "nats", lambda *given: (calls.append(sum(kept)), nats(*given))[1])
+    monkeypatch.setattr(trainer.Trainer, "_one", lambda self: (kept.append(0), one(self))[1])
+    train(config("run.steps=4", *QUIET), tmp_path / "run")
+    assert kept == [3] * 4
+    assert calls == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12]
 
 
 def test_the_last_step_has_the_least_rate_however_many_batches_make_one(config: Configs, tmp_path: Path) -> None:
