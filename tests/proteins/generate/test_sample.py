@@ -13,15 +13,20 @@ from proteins.generate import tiny
 
 from headway import RequestError, UnknownNameError
 from headway_apps.proteins.alphabet import ESM, SEED, STANDARD, Alphabet
-from headway_apps.proteins.generate.sample import SAMPLERS, generate
+from headway_apps.proteins.diffusion.samplers import Euler
+from headway_apps.proteins.generate.sample import SAMPLERS, generate, named
 from headway_apps.proteins.generate.templates import Template
 
 EVERY = [("first-hitting", None, False), *itertools.product(("euler", "analytic"), (12,), (False, True))]
 every = pytest.mark.parametrize("sampler, steps, uniform", EVERY)
 
 
-def test_every_sampler_is_tried() -> None:
+def test_every_sampler_is_tried_and_is_the_one_of_its_name() -> None:
     assert {name for name, *_ in EVERY} == set(SAMPLERS)
+    assert {name: name.title().replace("-", "") for name in SAMPLERS} == {
+        name: type(named(name)).__name__ for name in SAMPLERS
+    }
+    assert named("euler", 7) == Euler(7)
 
 
 @pytest.mark.parametrize("alphabet", [ESM, SEED], ids=lambda each: each.name)
