@@ -376,7 +376,7 @@ REFUSED: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], str]] = {
     "dtypes": ((FOUR[0], FOUR[1].half(), FOUR[2]), {}, "one floating-point dtype"),
     "axes of a bias": (FOUR, {"attn_bias": torch.zeros(4, 4)}, "(B, H, M, N) for 4"),
     "a bias of other keys": (FOUR, {"attn_bias": torch.zeros(2, 2, 4, 5)}, "takes"),
-    "bools": (FOUR, {"attn_bias": torch.ones(2, 2, 4, 4).bool()}, "takes floating-point numbers"),
+    "bools": (FOUR, {"attn_bias": torch.ones(2, 2, 4, 4).bool()}, "takes numbers to add"),
     "a bias of one's own": (FOUR, {"attn_bias": Own()}, "got attn_bias of Own"),
     "a string": (FOUR, {"attn_bias": "causal"}, "got attn_bias of str"),
     "a share": (FOUR, {"p": 1.5}, "got dropout=1.5"),

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from headway import __version__
 from headway.cli import demo, doctor, explain, inspect_, support, try_, verify
 
+
+class _Commands(TyperGroup):
+    """The library's own, and those of applications that are installed, which are imported when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(each.name for each in entry_points(group="headway.commands"))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        for entry in entry_points(group="headway.commands"):
+            if entry.name == cmd_name:
+                return typer.main.get_command(entry.load())
+        return super().get_command(ctx, cmd_name)
+
+
 app = typer.Typer(
     name="headway",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -26,8 +42,6 @@ app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 app.command("explain")(explain.command)
 app.command("support")(support.command)
-for entry in sorted(entry_points(group="headway.commands")):
-    app.add_typer(entry.load(), name=entry.name)  # applications that are installed, such as headway_apps.proteins
 
 
 def _print_version(asked: bool) -> None:

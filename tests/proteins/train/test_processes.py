@@ -63,32 +63,43 @@ import os, random, signal, sys, time
 from pathlib import Path
 from headway_apps.proteins.config import read
 from headway_apps.proteins.train.trainer import train
-config = read(Path(sys.argv[1]), ["every.save=1", "every.log=1", "look.samples=0", "run.steps=40", "every.evaluate=40"])
-moments, kills = random.Random(0), 0
-for turn in range(1000):
+config = read(Path(sys.argv[1]), ["every.save=1", "every.log=1", "look.samples=0", "run.steps=20", "every.evaluate=20"])
+
+def begun(run):
     child = os.fork()
     if not child:
-        run = Path(sys.argv[2 if turn else 3])
         train(config, run, resume=any(run.glob("checkpoints/step-*")))
         os._exit(0)
-    if turn and kills < 50:
-        time.sleep(moments.uniform(0, 1.0))
-        os.kill(child, signal.SIGKILL)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    kills += ended == -signal.SIGKILL
-    if turn and ended == 0:
-        break
-print(kills)
+    return child
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+folder, moments, kills, runs = Path(sys.argv[2]), random.Random(0), 0, 0
+before = time.monotonic()
+assert ended(begun(folder / "whole")) == 0
+life = (time.monotonic() - before) / 4
+while kills < 50:
+    child = begun(folder / f"killed-{runs}")
+    time.sleep(moments.uniform(0, life))
+    os.kill(child, signal.SIGKILL)
+    if (status := ended(child)) == 0:
+        runs += 1
+    else:
+        assert status == -signal.SIGKILL
+        kills += 1
+assert ended(begun(folder / f"killed-{runs}")) == 0
 """
 
 
 def test_a_run_that_is_killed_at_fifty_moments_is_the_run_that_was_not(file: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = [sys.executable, "-c", KILLED, str(file), str(parts), str(whole)]
+    words = [sys.executable, "-c", KILLED, str(file), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 20
-    assert weights(parts, 40) == weights(whole, 40)
+    killed = sorted(tmp_path.glob("killed-*"))
+    assert killed
+    for run in killed:
+        assert weights(run, 20) == weights(tmp_path / "whole", 20)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +114,8 @@ def test_a_run_that_is_killed_at_fifty_moments_is_the_run_that_was_not(file: Pat
 def test_what_fails_is_one_line_and_an_exit_status(file: Path, tmp_path: Path, words: list[str], told: str) -> None:
     done = CliRunner().invoke(app, ["train", str(file), "--out", str(tmp_path / "run"), *words])
     assert done.exit_code == 1
-    (line,) = done.stderr.splitlines()
+    *before, line = done.stderr.splitlines()
+    assert all(each.startswith("on cpu, ") for each in before)
     assert line.startswith("error: ")
     assert told in line
 

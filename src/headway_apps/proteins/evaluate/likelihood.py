@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from headway_apps.proteins.diffusion.bound import Bound, masked_bound, noise_bou
 from headway_apps.proteins.diffusion.graphs import Absorbing
 from headway_apps.proteins.errors import DataError
 from headway_apps.proteins.model.dit import DiT
+from headway_apps.proteins.model.evaluated import evaluated
 from headway_apps.proteins.trained import Trained
 
 
@@ -93,19 +93,6 @@ def _in_order(bound: Bound, order: Ints) -> Bound:
         )
     places = np.argsort(order)
     return Bound(tuple(bound.nats[at] for at in places), tuple(bound.residues[at] for at in places), bound.prior)
-
-
-@contextmanager
-def evaluated(model: DiT, device: torch.device | str | None) -> Iterator[DiT]:
-    """The model in eval mode on a device; every module has its own mode and place back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    before = _device_of(model)
-    try:
-        yield model.eval().to(before if device is None else device)
-    finally:
-        model.to(before)
-        for module, training in modes:
-            module.training = training
 
 
 def _device_of(model: DiT) -> torch.device:

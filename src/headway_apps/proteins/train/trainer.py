@@ -65,7 +65,9 @@ def train(config: Config, run: Path, *, resume: bool = False, told: Told = lambd
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         trainer = Trainer(config, run, resume=resume, told=told)
         try:
-            return trainer.steps()
+            outcome = trainer.steps()
+            trainer.accelerator.end_training()
+            return outcome
         finally:
             trainer.close()
 
@@ -75,10 +77,12 @@ class Trainer:
 
     def __init__(self, config: Config, run: Path, *, resume: bool, told: Told) -> None:
         self.config, self.run = config, run
-        self.accelerator = _accelerator(config)
+        chosen = precision.chosen(device := precision.device(config.run.device), config.run.precision)
+        self.accelerator = _accelerator(config, device, chosen.dtype)
         self.device = self.accelerator.device
         self.is_first = self.accelerator.is_main_process
         self.told: Told = told if self.is_first else lambda _: None
+        self.told(f"on {self.device}, {chosen.why}")
         prepared = Prepared(Path(config.data.folder))
         self.part = prepared["train"]
         self.looked_at = prepared[config.look.part]
@@ -214,7 +218,7 @@ class Trainer:
             self._evaluate()
         if self.config.look.samples and (last or not self.step % every.samples):
             self._sample()
-        if last or not self.step % every.save:
+        if last or not self.step % every.save or (self.score is not None and self.score == self.best):
             self._check()
             self._save()
 
@@ -361,9 +365,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-def _accelerator(config: Config) -> Accelerator:
-    device = precision.device(config.run.device)
-    chosen = precision.chosen(device, config.run.precision)
+def _accelerator(config: Config, device: torch.device, dtype: torch.dtype) -> Accelerator:
     plugin = None
     if config.run.shard:
         plugin = FullyShardedDataParallelPlugin(
@@ -371,7 +373,7 @@ def _accelerator(config: Config) -> Accelerator:
         )
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=MIXED[chosen.dtype],
+        mixed_precision=MIXED[dtype],
         fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
