@@ -77,12 +77,10 @@ class Trainer:
 
     def __init__(self, config: Config, run: Path, *, resume: bool, told: Told) -> None:
         self.config, self.run = config, run
-        chosen = precision.chosen(device := precision.device(config.run.device), config.run.precision)
-        self.accelerator = _accelerator(config, device, chosen.dtype)
+        self.accelerator = _accelerator(config)
         self.device = self.accelerator.device
         self.is_first = self.accelerator.is_main_process
         self.told: Told = told if self.is_first else lambda _: None
-        self.told(f"on {self.device}, {chosen.why}")
         prepared = Prepared(Path(config.data.folder))
         self.part = prepared["train"]
         self.looked_at = prepared[config.look.part]
@@ -94,6 +92,7 @@ class Trainer:
         begun = self._begun(resume)
         self.batches = self._stream()
         self._make_model(begun)
+        self.told(f"on {self.device}, {precision.chosen(self.device, config.run.precision).why}")
         self.average = None if config.optim.average is None else Average(self.bare, config.optim.average)
         self.trained = Trained(self.bare, symbols, graph, noise.levels, _histogram(self.part))
         self.step = self.updates = 0
@@ -365,7 +364,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-def _accelerator(config: Config, device: torch.device, dtype: torch.dtype) -> Accelerator:
+def _accelerator(config: Config) -> Accelerator:
+    device = precision.device(config.run.device)
+    chosen = precision.chosen(device, config.run.precision)
     plugin = None
     if config.run.shard:
         plugin = FullyShardedDataParallelPlugin(
@@ -373,7 +374,7 @@ def _accelerator(config: Config, device: torch.device, dtype: torch.dtype) -> Ac
         )
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=MIXED[dtype],
+        mixed_precision=MIXED[chosen.dtype],
         fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
