@@ -3,8 +3,8 @@
     python benchmarks/proteins.py --data FOLDER --out benchmarks/results/proteins.jsonl [--presets seed-24m,...]
 
 FOLDER is made by `headway proteins prepare`. A step is noise, forward, backward, clipping, AdamW and the moving
-average of weights, on 16,384 tokens: 32 rows of 512 for what pads. Residues a second are real ones alone; MFU counts
-the multiplications that those need, over the device's dense bfloat16 peak.
+average of weights, on 16,384 tokens unless told: 32 rows of 512 for what pads. Residues a second are real ones alone;
+MFU counts the multiplications that those need, over the device's dense bfloat16 peak.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from attention import about
 from torch import Tensor
 
 from headway_apps.proteins.alphabet import ESM
-from headway_apps.proteins.data.packing import Batch, Batches, pack, shuffled
+from headway_apps.proteins.data.packing import BOUNDARIES, Batch, Batches, pack, shuffled
 from headway_apps.proteins.data.shards import Part, Prepared
 from headway_apps.proteins.diffusion.curriculum import Steady
 from headway_apps.proteins.diffusion.graphs import Absorbing
@@ -32,10 +33,11 @@ from headway_apps.proteins.model.config import DiTConfig
 from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.model.packed import Packed
 from headway_apps.proteins.model.presets import PRESETS, preset
-from headway_apps.proteins.train.objective import Objective, Scores
+from headway_apps.proteins.train.objective import Noised, Objective
+from headway_apps.proteins.train.replay import Replay
 from headway_apps.training.average import Average
 
-TOKENS, ROWS, LENGTH = 16_384, 32, 512
+LENGTH = 512
 PEAK = {"NVIDIA H200": 989e12}
 """Dense bfloat16 operations a second."""
 
@@ -50,46 +52,42 @@ class OneByOne(Packed):
         return torch.cat([F.scaled_dot_product_attention(*each) for each in parts], 2)
 
 
-def packed(model: DiT, batch: Batch, host: Batch) -> Scores:
-    there = model.pack(host.tokens, host.lengths)
-    return lambda noised, level: model(noised, level, there)
-
-
-def one_by_one(model: DiT, batch: Batch, host: Batch) -> Scores:
-    there = model.pack(host.tokens, host.lengths)
-    fields = {each.name: getattr(there, each.name) for each in dataclasses.fields(there)}
-    return lambda noised, level: model(noised, level, OneByOne(**fields))
-
-
-def padded(model: DiT, batch: Batch, host: Batch) -> Scores:
-    """Rows filled up to one length, attention over all of them, filler too."""
-
-    def scores(noised: Tensor, level: Tensor) -> Tensor:
-        rows = noised.new_full((ROWS, LENGTH), ESM.pad)
-        rows[batch.document, batch.positions] = noised
-        log_score: Tensor = model(rows, level)
-        return log_score[batch.document, batch.positions]
-
+def packed(model: DiT, noised: Noised, batch: Batch, host: Batch) -> Tensor:
+    scores: Tensor = model(noised.tokens, noised.level, model.pack(host.tokens, host.lengths))
     return scores
 
 
-WAYS: dict[str, tuple[Callable[[DiT, Batch, Batch], Scores], bool]] = {
-    "packed": (packed, False),
-    "packed, compiled": (packed, True),
-    "padded": (padded, False),
-    "padded, compiled": (padded, True),
-    "one by one": (one_by_one, False),
-}
-"""How scores come about, and whether what stands between calls of attention is compiled."""
+def one_by_one(model: DiT, noised: Noised, batch: Batch, host: Batch) -> Tensor:
+    there = model.pack(host.tokens, host.lengths)
+    fields = {each.name: getattr(there, each.name) for each in dataclasses.fields(there)}
+    scores: Tensor = model(noised.tokens, noised.level, OneByOne(**fields))
+    return scores
 
 
-def batches(part: Part, way: str) -> Iterator[Batch]:
+def padded(model: DiT, noised: Noised, batch: Batch, host: Batch) -> Tensor:
+    """Rows filled up to one length, attention over all of them, filler too."""
+    rows = noised.tokens.new_full((host.lengths.numel(), LENGTH), ESM.pad)
+    rows[batch.document, batch.positions] = noised.tokens
+    scores: Tensor = model(rows, noised.level)
+    return scores[batch.document, batch.positions]
+
+
+WAYS: dict[str, Callable[[DiT, Noised, Batch, Batch], Tensor]] = {
+    "packed": packed, "padded": padded, "one by one": one_by_one
+}  # fmt: skip
+"""How scores come about. With ', compiled' what stands between calls of attention is; with ', replayed' passes are."""
+COMPARED = ("packed", "packed, compiled", "packed, replayed", "packed, compiled, replayed", "padded",
+            "padded, compiled", "one by one")  # fmt: skip
+
+
+def batches(part: Part, way: str, tokens: int) -> Iterator[Batch]:
     if not way.startswith("padded"):
-        yield from Batches(part, ESM, TOKENS)
+        yield from Batches(part, ESM, tokens)
+    rows = tokens // LENGTH
     for epoch in range(1000):
         order = shuffled(len(part), 0, epoch)
-        for first in range(0, len(order) - ROWS, ROWS):
-            places = order[first : first + ROWS]
+        for first in range(0, len(order) - rows, rows):
+            places = order[first : first + rows]
             yield pack([part.letters_of(int(at)) for at in places], places, ESM)
 
 
@@ -103,30 +101,42 @@ def operations(config: DiTConfig, batch: Batch) -> float:
     return 6 * (weights * float(lengths.sum()) + told * len(lengths) + attention)
 
 
-def timed(name: str, way: str, part: Part, device: torch.device, steps: int) -> dict[str, Any]:
+def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tokens: int) -> dict[str, Any]:
     config = preset(name, embedded=ESM.size, scored=ESM.size, mask=ESM.mask)
     torch.manual_seed(0)
     model = DiT(config).to(device).train()
-    scores, compiled = WAYS[way]
-    if compiled:
-        model.compile_parts()
+    first, *more = way.split(", ")
+    scores = WAYS[first]
+    if "compiled" in more:
+        model.compile_parts(dynamic=None if "replayed" in more else True)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=device.type == "cuda")
     average = Average(model, 0.9999)
     graph = Absorbing(ESM.size, mask=ESM.mask, ids=ESM.residues)
     objective = Objective(graph, LogLinear(), Steady(), "cross-entropy", 0)
-    stream = batches(part, way)
+    stream = batches(part, way, tokens)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16)
+    lengths = part.lengths() + BOUNDARIES
+    replay = None
+    if "replayed" in more:
+        replay = Replay(
+            model, objective, autocast, tokens=tokens, longest=int(lengths.max()), mean=float(lengths.mean())
+        )
 
     def step(number: int) -> tuple[int, float]:
         host = next(stream)
         if device.type == "cuda":
             host = host.pin_memory()
         batch = host.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16):
-            nats = objective.nats(scores(model, batch, host), batch, number, number)
-        (nats / host.residues).backward()
+        noised = objective.noised(batch, number, number)
+        if replay is None:
+            with autocast():
+                nats = objective.cost(scores(model, noised, batch, host), noised)
+            (nats / host.residues).backward()
+        else:
+            replay.backward(noised, host.lengths, torch.full((), 1 / host.residues, device=device))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad() if replay is None else replay.gradients.zero()
         average.update(model)
         return host.residues, operations(config, host)
 
@@ -145,7 +155,7 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int) -> 
     residues, work = (sum(each) for each in zip(*done, strict=True))
     peak = PEAK.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
     return {
-        "group": "proteins", "preset": name, "parameters": PRESETS[name].parameters, "way": way,
+        "group": "proteins", "preset": name, "tokens": tokens, "parameters": PRESETS[name].parameters, "way": way,
         "ms_a_step": round(seconds / steps * 1e3, 2), "host_ms_a_step": round(asked / steps * 1e3, 2),
         "residues_per_second": round(residues / seconds), "residues_a_step": round(residues / steps),
         "mfu": None if peak is None else round(work / seconds / peak, 4),
@@ -164,7 +174,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--presets", default="seed-24m,seed-66m,seed-316m")
-    parser.add_argument("--ways", default=";".join(WAYS))
+    parser.add_argument("--ways", default=";".join(COMPARED))
+    parser.add_argument("--tokens", type=int, default=16_384, help="in a batch; rows of 512 for what pads")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
@@ -174,7 +185,7 @@ def main() -> None:
     with options.out.open("a") as file:
         for name in options.presets.split(","):
             for way in options.ways.split(";"):
-                row = timed(name, way, part, torch.device(options.device), options.steps) | common
+                row = timed(name, way, part, torch.device(options.device), options.steps, options.tokens) | common
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 shown = ("preset", "way", "ms_a_step", "host_ms_a_step", "residues_per_second", "mfu", "peak_gib")

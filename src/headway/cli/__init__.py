@@ -19,10 +19,9 @@ class _Commands(TyperGroup):
         return [*super().list_commands(ctx), *sorted(each.name for each in entry_points(group="headway.commands"))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        for entry in entry_points(group="headway.commands"):
-            if entry.name == cmd_name:
-                return typer.main.get_command(entry.load())
-        return super().get_command(ctx, cmd_name)
+        own = super().get_command(ctx, cmd_name)
+        entries = () if own is not None else entry_points(group="headway.commands", name=cmd_name)
+        return next((typer.main.get_command(entry.load()) for entry in entries), own)
 
 
 app = typer.Typer(

@@ -16,6 +16,15 @@ from headway.masks.memo import Remembers
 from headway.masks.tiles import Blocks, Tiles
 
 
+def documents_of(positions: Tensor, starts: Tensor) -> Tensor:
+    """The document of each position, by where documents start.
+
+    Searched among all starts, not among the ends in a slice: inductor searches from where a slice's storage begins
+    (pytorch#182343).
+    """
+    return torch.searchsorted(starts, positions, right=True, out_int32=True) - 1
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Packing(Remembers):
     """Where each of some packed sequences starts and ends. It never changes."""
@@ -57,9 +66,7 @@ class Packing(Remembers):
 
         def find() -> tuple[Tensor]:
             positions = torch.arange(count, dtype=torch.int32, device=device)
-            # Of all starts, not of the ends in a slice: inductor searches from where a slice's storage begins
-            # (pytorch#182343).
-            return (torch.searchsorted(self.on(device), positions, right=True, out_int32=True) - 1,)
+            return (documents_of(positions, self.on(device)),)
 
         return self.once(("ids", count), device, find)[0]
 

@@ -161,6 +161,8 @@ class Run(Section):
     checkpointing: bool = False
     """Keep no activations inside blocks, but compute them again."""
     compile: bool = False
+    replay: Literal["auto"] | bool = "auto"
+    """Record a batch's passes once, as a CUDA graph, and replay them; by itself wherever that can be."""
     shard: bool = False
     """Split weights and optimizer over the processes (FSDP2), where there are several."""
 

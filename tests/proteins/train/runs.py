@@ -6,12 +6,16 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from proteins.families import prepared, protein
+from torch import Tensor
 
+from headway_apps.proteins.data.packing import Batch
+from headway_apps.proteins.train.objective import Objective
 from headway_apps.training import trackers
 
 CONFIG = """
@@ -31,6 +35,14 @@ def folder(path: Path) -> Path:
     made = [protein(rng, int(length)) for length in rng.integers(5, 40, 70)]
     prepared(path, made[:60], held_out=made[60:])
     return path
+
+
+def nats(
+    objective: Objective, scores: Callable[[Tensor, Tensor], Tensor], batch: Batch, step: int = 0, number: int = 0
+) -> Tensor:
+    """What a batch costs a model that scores(noised (T,), sigma_bar (N,))."""
+    noised = objective.noised(batch, step, number)
+    return objective.cost(scores(noised.tokens, noised.level), noised)
 
 
 def weights(run: Path, step: int = 8) -> dict[str, str]:

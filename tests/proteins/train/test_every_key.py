@@ -55,6 +55,7 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
     "run.precision": ([], ["run.precision=float16"], "refused"),
     "run.checkpointing": ([], ["run.checkpointing=true"], "checkpointed"),
     "run.compile": ([], ["run.compile=true"], "compiled"),
+    "run.replay": ([], ["run.replay=true"], "refused"),
     "run.shard": ([], ["run.shard=true"], "sharded"),
     "noise.graph": ([NOISE["by score"]], [NOISE["uniform"]], "model"),
     "noise.schedule": ([], [NOISE["geometric"]], "model"),
@@ -114,7 +115,7 @@ def doings(place: Path) -> Iterator[Any]:
     told: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gc.collect", lambda *_: 0)  # at its end, half the time of so small a run
-        patch.setattr(DiT, "compile_parts", lambda self: told.update(compiled=True))
+        patch.setattr(DiT, "compile_parts", lambda self, dynamic: told.update(compiled=True))
         patch.setattr(
             "headway_apps.proteins.model.dit.checkpoint",
             lambda block, *given, use_reentrant: told.update(checkpointed=True) or block(*given),

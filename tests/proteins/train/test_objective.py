@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from proteins.families import protein
+from proteins.train import runs
 from torch import Tensor
 
 from headway_apps.proteins.alphabet import ESM
@@ -46,7 +47,7 @@ def test_the_level_used_is_the_level_told_to_model_and_loss(
         told.extend((noised, level))
         return scores(noised, level)
 
-    nats = Objective(GRAPH, SCHEDULE, curriculum, loss, seed=1).nats(model, batch, step=2, number=5)
+    nats = runs.nats(Objective(GRAPH, SCHEDULE, curriculum, loss, seed=1), model, batch, step=2, number=5)
     noised, level = told
     masked = noised == ESM.mask
     share = -torch.expm1(-level)
@@ -71,6 +72,6 @@ def test_a_guess_costs_its_logarithm_for_each_residue_and_boundaries_are_never_n
         return torch.zeros(len(noised), 33)
 
     objective = Objective(GRAPH, SCHEDULE, Steady(), "cross-entropy", seed=1)
-    nats = sum(float(objective.nats(guess, batch, 0, number)) for number in range(40)) / 40
+    nats = sum(float(runs.nats(objective, guess, batch, number=number)) for number in range(40)) / 40
     assert nats / batch.residues == pytest.approx(np.log(20), rel=0.02)
     assert all((noised == batch.tokens)[~batch.free].all() for noised in seen)

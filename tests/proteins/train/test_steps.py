@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from proteins.families import prepared, protein
-from proteins.train.runs import told
-from torch import Tensor
+from proteins.train.runs import nats, told
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headway_apps.proteins.alphabet import ESM
@@ -20,10 +19,9 @@ from headway_apps.proteins.config import Config
 from headway_apps.proteins.data.packing import BOUNDARIES, Batch, Batches
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.diffusion.curriculum import Steady
-from headway_apps.proteins.diffusion.losses import cross_entropy
 from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.train import trainer
-from headway_apps.proteins.train.objective import Objective, seed_of
+from headway_apps.proteins.train.objective import Noised, Objective, seed_of
 from headway_apps.proteins.train.trainer import train
 from headway_apps.training.precision import Precision
 from headway_apps.training.rates import Rate
@@ -36,15 +34,12 @@ QUIET = ("look.samples=0", "every.log=1", "model.dropout=0")
 def by_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that depends on a sequence alone, not on the batch that it comes in."""
 
-    def nats(self: Objective, scores: Any, batch: Batch, step: int, number: int) -> Tensor:
+    def noised(self: Objective, batch: Batch, step: int, number: int) -> Noised:
         masked = batch.free & (batch.positions % 3 == 1)
-        noised = torch.where(masked, ESM.mask, batch.tokens)
-        log_score = scores(noised, 0.5 + batch.index.float())
-        return cross_entropy(
-            self.graph, log_score, noised, batch.tokens, batch.free, weight=1.0 + batch.document * 0.0
-        ).sum()
+        tokens = torch.where(masked, ESM.mask, batch.tokens)
+        return Noised(tokens, batch.tokens, batch.free, 0.5 + batch.index.float(), (torch.ones(len(tokens)),))
 
-    monkeypatch.setattr(Objective, "nats", nats)
+    monkeypatch.setattr(Objective, "noised", noised)
 
 
 @pytest.fixture
@@ -77,11 +72,11 @@ def test_a_gradient_is_that_of_the_mean_over_all_residues_of_a_step(
     model = DiT(run.network)
     batch = next(Batches(Prepared(Path(run.data.folder))["train"], ESM, 128))
     objective = Objective(run.noise.of(ESM, ""), run.noise.levels, Steady(), "cross-entropy", seed=0)
-    nats = objective.nats(lambda noised, level: model(noised, level, batch.lengths), batch, 0, 0)
-    (nats / (8 * 14)).backward()
+    cost = nats(objective, lambda noised, level: model(noised, level, batch.lengths), batch)
+    (cost / (8 * 14)).backward()
     norm = torch.stack([each.grad.norm() for each in model.parameters() if each.grad is not None]).norm()
     assert told(tmp_path / "run", "train/grad_norm")[0] == pytest.approx(float(norm), rel=1e-5)
-    assert told(tmp_path / "run", "train/loss")[0] == pytest.approx(nats.item() / (8 * 14), rel=1e-5)
+    assert told(tmp_path / "run", "train/loss")[0] == pytest.approx(cost.item() / (8 * 14), rel=1e-5)
 
 
 @pytest.mark.usefixtures("by_place")
@@ -99,7 +94,7 @@ def test_gradients_are_sent_once_a_step(config: Configs, tmp_path: Path, monkeyp
     """With the last of its batches: between processes, sending them each time comes to the same, but later."""
     kept: list[int] = []
     calls: list[int] = []
-    nats, one = Objective.nats, trainer.Trainer._one
+    noised, one = Objective.noised, trainer.Trainer._one
 
     @contextlib.contextmanager
     def no_sync(self: Any, model: Any) -> Iterator[None]:
@@ -107,7 +102,7 @@ def test_gradients_are_sent_once_a_step(config: Configs, tmp_path: Path, monkeyp
         yield
 
     monkeypatch.setattr(trainer.Accelerator, "no_sync", no_sync)
-    monkeypatch.setattr(Objective, "nats", lambda *given: (calls.append(sum(kept)), nats(*given))[1])
+    monkeypatch.setattr(Objective, "noised", lambda *given: (calls.append(sum(kept)), noised(*given))[1])
     monkeypatch.setattr(trainer.Trainer, "_one", lambda self: (kept.append(0), one(self))[1])
     train(config("run.steps=4", *QUIET), tmp_path / "run")
     assert kept == [3] * 4
@@ -154,12 +149,12 @@ def test_throughput_is_of_real_residues_over_all_steps_since_it_was_last_told(
 ) -> None:
     """On a clock by which the n-th step takes n seconds, and each look a thousand, which are no part of it."""
     clock, residues, proteins = [0.0], [], []
-    real, one = Objective.nats, trainer.Trainer._one
+    real, one = Objective.noised, trainer.Trainer._one
 
-    def nats(self: Objective, scores: Any, batch: Batch, step: int, number: int) -> Tensor:
+    def noised(self: Objective, batch: Batch, step: int, number: int) -> Noised:
         residues[-1] += len(batch.tokens) - 2 * len(batch.lengths)
         proteins[-1] += len(batch.lengths)
-        return real(self, scores, batch, step, number)
+        return real(self, batch, step, number)
 
     def timed(self: trainer.Trainer) -> None:
         residues.append(0)
@@ -167,7 +162,7 @@ def test_throughput_is_of_real_residues_over_all_steps_since_it_was_last_told(
         one(self)
         clock[0] += len(residues)
 
-    monkeypatch.setattr(Objective, "nats", nats)
+    monkeypatch.setattr(Objective, "noised", noised)
     monkeypatch.setattr(trainer.Trainer, "_one", timed)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(trainer.Trainer, "_evaluate", lambda self: clock.__setitem__(0, clock[0] + 1000))

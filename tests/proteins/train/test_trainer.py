@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -114,12 +115,13 @@ def test_rates_follow_real_updates(config: Configs, tmp_path: Path, monkeypatch:
 
 
 def test_a_loss_that_is_no_number_stops_it(config: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = trainer.Objective.nats
+    real = trainer.Objective.noised
 
-    def broken(self: Any, scores: Any, batch: Any, step: int, number: int) -> Any:
-        return real(self, scores, batch, step, number) * (float("nan") if step == 5 else 1.0)
+    def broken(self: Any, batch: Any, step: int, number: int) -> Any:
+        found = real(self, batch, step, number)
+        return dataclasses.replace(found, weights=(found.weights[0] * math.nan,)) if step == 5 else found
 
-    monkeypatch.setattr(trainer.Objective, "nats", broken)
+    monkeypatch.setattr(trainer.Objective, "noised", broken)
     with pytest.raises(
         TrainingError, match=r"no number at step 5, in a batch of the sequences \[\d+.*last checkpoint is"
     ):
@@ -133,7 +135,7 @@ def test_no_memory_is_told_with_what_to_change(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(trainer.Objective, "nats", full)
+    monkeypatch.setattr(trainer.Objective, "cost", full)
     with pytest.raises(TrainingError, match=r"batch of \d+ tokens, the longest sequence \d+: lower batch.tokens"):
         train(config(), tmp_path / "run")
 
@@ -169,3 +171,8 @@ def test_what_the_machine_lacks_is_refused(config: Configs, tmp_path: Path, chan
 def test_a_batch_too_small_for_a_sequence_is_refused(config: Configs, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="takes at least"):
         train(config("batch.tokens=8"), tmp_path / "run")
+
+
+def test_a_replay_is_refused_where_there_is_no_gpu(config: Configs, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="got run.replay=true on cpu, takes a GPU of CUDA; leave run.replay at"):
+        train(config("run.replay=true"), tmp_path / "run")

@@ -134,7 +134,7 @@ def evaluate(
     if part == "train":
         raise RequestError("got the part train, takes one that was held out: the baselines are counted on train")
     train, held_out = prepared["train"], prepared[part]
-    where = next(trained.model.parameters()).device if device is None else torch.device(device)
+    where = trained.model.device if device is None else torch.device(device)
     bound = likelihood(
         trained, held_out, tokens=tokens, draws=draws, sequences=sequences, seed=seed, device=where, progress=progress
     )

@@ -15,7 +15,6 @@ from headway_apps.proteins.data.shards import Part
 from headway_apps.proteins.diffusion.bound import Bound, masked_bound, noise_bound
 from headway_apps.proteins.diffusion.graphs import Absorbing
 from headway_apps.proteins.errors import DataError
-from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.model.evaluated import evaluated
 from headway_apps.proteins.trained import Trained
 
@@ -53,7 +52,7 @@ def likelihood(
     order = chosen[np.argsort(lengths, kind="stable")]  # like lengths together: rows waste least where nothing packs
     with evaluated(trained.model, device) as model:
         for batch in _batches(part, order, tokens, trained):
-            found.append(_bound(trained, batch.to(_device_of(model)), batch, draws, seed))
+            found.append(_bound(trained, batch.to(model.device), batch, draws, seed))
             progress("sequences scored", sum(len(each.nats) for each in found), len(order))
     return _in_order(Bound.merged(found), order)
 
@@ -93,7 +92,3 @@ def _in_order(bound: Bound, order: Ints) -> Bound:
         )
     places = np.argsort(order)
     return Bound(tuple(bound.nats[at] for at in places), tuple(bound.residues[at] for at in places), bound.prior)
-
-
-def _device_of(model: DiT) -> torch.device:
-    return next(model.parameters()).device

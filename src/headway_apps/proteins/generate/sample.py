@@ -71,7 +71,7 @@ def generate(
     batches = _batches(templates, tokens)
     told = _Told(progress, sum(_calls(walker, [templates[at] for at in batch]) for batch in batches))
     generator = torch.Generator().manual_seed(seed)
-    device = next(trained.model.parameters()).device
+    device = trained.model.device
     proteins = [""] * len(templates)
     with evaluated(trained.model), torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
         for batch in batches:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import headway
-from headway import RequestError
+from headway import Documents, RequestError
 from headway_apps.proteins.diffusion.given import insist
 from headway_apps.proteins.diffusion.graphs import log_expm1
 from headway_apps.proteins.model.config import DiTConfig
-from headway_apps.proteins.model.packed import Packed
+from headway_apps.proteins.model.packed import Packed, kernels_know
 
 FREQUENCIES = 256
 """Of the noise level: half cosines, half sines."""
@@ -51,6 +51,10 @@ class DiT(nn.Module):
         self.head = Head(config)
         self.reset_parameters()
 
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
     def reset_parameters(self) -> None:
         """Blocks that add nothing and scores of a guess, as in the original."""
         for module in self.modules():
@@ -64,15 +68,16 @@ class DiT(nn.Module):
             for parameter in linear.parameters():
                 nn.init.zeros_(parameter)
 
-    def compile_parts(self) -> None:
-        """Compile what stands between calls of attention, for batches of any shape.
+    def compile_parts(self, dynamic: bool | None = True) -> None:
+        """Compile what stands between calls of attention, for batches of any shape; with `dynamic=None` for the first
+        shape that is met and, once there is another, for any.
 
         Attention itself is called as it is: on some GPUs its fastest kernels cannot be part of a compiled graph.
         """
         for block in self.blocks:
             for part in ("before", "after"):
-                setattr(block, part, torch.compile(getattr(block, part), dynamic=True))
-        self.head.compile(dynamic=True)
+                setattr(block, part, torch.compile(getattr(block, part), dynamic=dynamic))
+        self.head.compile(dynamic=dynamic)
 
     def forward(self, tokens: Tensor, sigma_bar: Tensor, lengths: Tensor | Packed | None = None) -> Tensor:
         packed = self.pack(tokens, lengths) if isinstance(lengths, Tensor) else lengths
@@ -104,11 +109,18 @@ class DiT(nn.Module):
 
         Call it under the autocast that the model will run under, as on it depends which kernels there are.
         """
+        return Packed.of(lengths, self._queries(tokens.numel()))
+
+    def takes_documents(self) -> bool:
+        """Whether attention would run on a kernel that takes packed documents as they are, under this autocast."""
+        return kernels_know(Documents([1, 1]), self._queries(2))
+
+    def _queries(self, tokens: int) -> Tensor:
+        """Such as a block's, to ask about."""
         weight = self.embed.weight
         heads, size = self.config.heads, self.config.head_dim
         like = torch.empty(1, heads, 1, size, dtype=weight.dtype, device=weight.device)
-        like.requires_grad_(torch.is_grad_enabled())
-        return Packed.of(lengths, like.expand(1, heads, tokens.numel(), size))
+        return like.requires_grad_(torch.is_grad_enabled()).expand(1, heads, tokens, size)
 
     def _scores(self, logits: Tensor, tokens: Tensor, sigma_bar: Tensor, packed: Packed | None) -> Tensor:
         config = self.config

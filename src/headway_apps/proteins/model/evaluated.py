@@ -14,7 +14,7 @@ from headway_apps.proteins.model.dit import DiT
 def evaluated(model: DiT, device: torch.device | str | None = None) -> Iterator[DiT]:
     """On a device, or where it is; every module has its own mode and place back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    before = next(model.parameters()).device
+    before = model.device
     try:
         yield model.eval().to(before if device is None else device)
     finally:

@@ -31,6 +31,8 @@ class Packed:
     mask: Mask
     places: Tensor | None
     """Each token's place in rows of a batch, (T,), where attention runs over rows."""
+    is_rows: bool
+    """Whether all documents are of one length, and so rows of a batch as they lie."""
 
     @classmethod
     def of(cls, lengths: Tensor, like: Tensor) -> Packed:
@@ -49,17 +51,12 @@ class Packed:
         positions = torch.arange(total) - starts[document]
         documents = Documents(counts)
         as_rows = len(counts) * longest**2
-        if as_rows > total**2 or _kernels_know(documents, like):
+        if as_rows > total**2 or kernels_know(documents, like):
             mask, places = cast(Mask, documents), None
         else:
             mask, places = Padding(host), (document * longest + positions).to(device, non_blocking=True)
         document, positions = (x.to(device, non_blocking=True) for x in (document, positions))
-        return cls(document, positions, len(counts), longest, mask, places)
-
-    @property
-    def is_rows(self) -> bool:
-        """Whether all documents are of one length, and so rows of a batch as they lie."""
-        return self.documents * self.longest == self.document.shape[0]
+        return cls(document, positions, len(counts), longest, mask, places, is_rows=min(counts) == longest)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(1, heads, T, size) each; a token sees its own document alone."""
@@ -92,7 +89,7 @@ def _counts(lengths: Tensor, total: int) -> list[int]:
     return counts
 
 
-def _kernels_know(documents: Documents, like: Tensor) -> bool:
+def kernels_know(documents: Documents, like: Tensor) -> bool:
     """Whether attention over these tokens would run on a kernel that takes documents as they are."""
     decision = headway.explain(like, like, like, documents)
     return decision.chosen is not None and decision.chosen.masks.is_native(decision.request.mask)

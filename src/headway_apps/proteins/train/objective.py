@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,8 +15,23 @@ from headway_apps.proteins.diffusion.graphs import Graph
 from headway_apps.proteins.diffusion.losses import cross_entropy, dwdse
 from headway_apps.proteins.diffusion.schedules import Schedule, draw_positions
 
-Scores = Callable[[Tensor, Tensor], Tensor]
-"""scores(noised (T,), sigma_bar (N,)) -> log scores (T, V) of the batch's packed sequences."""
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Noised:
+    """A batch with the noise of one step, and all that model and loss are told of it."""
+
+    tokens: Tensor
+    """(T,) noised."""
+    clean: Tensor
+    free: Tensor
+    level: Tensor
+    """(N,) sigma_bar of each sequence."""
+    weights: tuple[Tensor, ...]
+    """What the loss is told of each token: `reveal`, or `sigma_bar` and `rate`."""
+
+    @property
+    def of_tokens(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.clean, self.free, *self.weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +42,9 @@ class Objective:
     loss: Literal["cross-entropy", "score-entropy"]
     seed: int
 
-    def nats(self, scores: Scores, batch: Batch, step: int, number: int) -> Tensor:
-        """The sum over the batch, which is the `number`-th of the run and so has its own noise, on every machine alike
-        but for the kind of device. Dropout is seeded too."""
+    def noised(self, batch: Batch, step: int, number: int) -> Noised:
+        """The batch, which is the `number`-th of the run and so has its own noise, on every machine alike but for the
+        kind of device. Dropout is seeded too."""
         device = batch.tokens.device
         torch.manual_seed(seed_of(self.seed, number, "dropout"))
         generator = torch.Generator(device).manual_seed(seed_of(self.seed, number, "noise"))
@@ -38,14 +52,18 @@ class Objective:
         times = self.curriculum.times(draw_positions(len(batch.lengths), generator=generator), step)
         level, free = schedule.sigma_bar(times), batch.free
         noised = self.graph.perturb(batch.tokens, level[batch.document], generator=generator, free=free)
-        log_score = scores(noised, level.float())
-        given = self.graph, log_score, noised, batch.tokens, free
+        told = (schedule.reveal(times),) if self.loss == "cross-entropy" else (level, schedule.rate(times))
+        weights = tuple(each[batch.document].float() for each in told)
+        return Noised(noised, batch.tokens, free, level.float(), weights)
+
+    def cost(self, log_score: Tensor, noised: Noised) -> Tensor:
+        """The sum of nats over the batch, given log scores (T, V)."""
+        given = self.graph, log_score, noised.tokens, noised.clean, noised.free
         if self.loss == "cross-entropy":
-            each = cross_entropy(*given, weight=schedule.reveal(times)[batch.document].float())
-        else:
-            levels, rates = (each[batch.document].float() for each in (level, schedule.rate(times)))
-            each = dwdse(*given, sigma_bar=levels, rate=rates)
-        return each.sum()
+            (weight,) = noised.weights
+            return cross_entropy(*given, weight=weight).sum()
+        levels, rates = noised.weights
+        return dwdse(*given, sigma_bar=levels, rate=rates).sum()
 
 
 def seed_of(seed: int, number: int, what: str) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headway import HeadwayError
 from headway_apps.proteins.config import Config
-from headway_apps.proteins.data.packing import Batch, Batches
+from headway_apps.proteins.data.packing import BOUNDARIES, Batch, Batches
 from headway_apps.proteins.data.shards import Part, Prepared
 from headway_apps.proteins.diffusion.bound import Bound
 from headway_apps.proteins.evaluate.likelihood import likelihood
@@ -29,6 +29,7 @@ from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.train import state
 from headway_apps.proteins.train.ahead import Ahead
 from headway_apps.proteins.train.objective import Objective, seed_of
+from headway_apps.proteins.train.replay import Replay
 from headway_apps.proteins.train.window import Window
 from headway_apps.proteins.trained import Trained
 from headway_apps.training import precision
@@ -38,7 +39,10 @@ from headway_apps.training.rates import Rate
 from headway_apps.training.trackers import Trackers
 
 MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
-MAY_CHANGE = ("every", "keep", "look", "run.steps", "run.device", "run.compile", "run.checkpointing", "run.shard")
+MAY_CHANGE = (
+    "every", "keep", "look", "data.folder", "run.steps", "run.device", "run.compile", "run.replay",
+    "run.checkpointing", "run.shard",
+)  # fmt: skip
 """Keys of a config with which a run may go on: the others would make another run of it."""
 
 Told = Callable[[str], None]
@@ -62,22 +66,21 @@ class Outcome:
 
 def train(config: Config, run: Path, *, resume: bool = False, told: Told = lambda _: None) -> Outcome:
     """Train into the folder `run`, which is new, or with `resume` goes on from its last checkpoint."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        trainer = Trainer(config, run, resume=resume, told=told)
-        try:
-            outcome = trainer.steps()
-            trainer.accelerator.end_training()
-            return outcome
-        finally:
-            trainer.close()
+    with torch.random.fork_rng(range(torch.cuda.device_count())), contextlib.ExitStack() as closing:
+        trainer = Trainer(config, run, resume=resume, told=told, closing=closing)
+        outcome = trainer.steps()
+        trainer.accelerator.end_training()
+        return outcome
 
 
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(self, config: Config, run: Path, *, resume: bool, told: Told) -> None:
+    def __init__(self, config: Config, run: Path, *, resume: bool, told: Told, closing: contextlib.ExitStack) -> None:
         self.config, self.run = config, run
+        closing.callback(AcceleratorState._reset_state, reset_partial_state=True)
         self.accelerator = _accelerator(config)
+        closing.callback(self.accelerator.free_memory)
         self.device = self.accelerator.device
         self.is_first = self.accelerator.is_main_process
         self.told: Told = told if self.is_first else lambda _: None
@@ -94,7 +97,7 @@ class Trainer:
         self._make_model(begun)
         self.told(f"on {self.device}, {precision.chosen(self.device, config.run.precision).why}")
         self.average = None if config.optim.average is None else Average(self.bare, config.optim.average)
-        self.trained = Trained(self.bare, symbols, graph, noise.levels, _histogram(self.part))
+        self.trained = Trained(self.bare, symbols, graph, self.objective.schedule, _histogram(self.part))
         self.step = self.updates = 0
         self.best: float | None = None
         self.score: float | None = None
@@ -103,7 +106,10 @@ class Trainer:
             self._restore(begun)
         self.place: dict[str, Any] = self.batches.state_dict()
         self.ahead = Ahead(self.batches, config.batch.per_step // self.ranks, pinned=self.device.type == "cuda")
+        closing.callback(self.ahead.close)
         self.tracker = self._tracker() if self.is_first else None
+        if self.tracker is not None:
+            closing.callback(self.tracker.close)
         self.recent: deque[tuple[int, list[Tensor]]] = deque(maxlen=config.every.log)
         self.window = Window(self.device)
 
@@ -124,21 +130,50 @@ class Trainer:
         )  # fmt: skip
 
     def _make_model(self, begun: Checkpoint | None) -> None:
-        """`model` as it is trained, over all processes; `bare`, the network in it."""
+        """`model` as it is trained, over all processes; `bare`, the network in it; `replay`, if its passes are."""
         run, optim = self.config.run, self.config.optim
         torch.manual_seed(seed_of(run.seed, 0, "weights"))
         network = DiT(self.config.network)
         network.checkpointing = run.checkpointing
         if begun is not None:
             network.load_state_dict(begun.tensors("model"))
+        network.to(self.device).train()
         optimizer = torch.optim.AdamW(
             network.parameters(), optim.lr, betas=(optim.betas[0], optim.betas[1]), weight_decay=optim.weight_decay,
             fused=self.device.type == "cuda",
         )  # fmt: skip
+        self.replay: Replay | None = None
+        if self._replays(network):
+            lengths = self.part.lengths() + BOUNDARIES
+            self.replay = Replay(
+                network, self.objective, self.accelerator.autocast, tokens=self.config.batch.tokens,
+                longest=int(lengths.max()), mean=float(lengths.mean()),
+            )  # fmt: skip
+            self.model, self.optimizer = network, self.accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         if run.compile:
-            network.compile_parts()
-        self.model, self.optimizer = self.accelerator.prepare(network.train(), optimizer)
+            # What is recorded has one shape, and is faster for being compiled for it.
+            network.compile_parts(dynamic=None if self.replay else True)
         self.bare: DiT = self.accelerator.unwrap_model(self.model)
+
+    def _replays(self, network: DiT) -> bool:
+        """Whether passes are recorded, as the config asks or by itself."""
+        run = self.config.run
+        with self.accelerator.autocast():
+            obstacle = (
+                f"on {self.device}, takes a GPU of CUDA" if self.device.type != "cuda"
+                else "with run.shard, takes weights that stay in one place" if run.shard
+                else "with run.checkpointing, takes activations that are kept" if run.checkpointing
+                else "in float16, takes a precision without a scaler, which reads what it finds"
+                if self.accelerator.scaler is not None
+                else f"on {self.device}, takes a GPU that has a kernel for packed sequences"
+                if not network.takes_documents()
+                else None
+            )  # fmt: skip
+        if run.replay is True and obstacle:
+            raise TrainingError(f"got run.replay=true {obstacle}; leave run.replay at auto")
+        return run.replay is not False and obstacle is None
 
     def _begun(self, resume: bool) -> Checkpoint | None:
         found = self.checkpoints.latest()
@@ -155,9 +190,7 @@ class Trainer:
         was, now = (_flat(each) for each in (found.state["config"], self.config.model_dump()))
         if found.state["data"] != self.part.fingerprint:
             raise TrainingError(f"got other data than {self.run} was trained on; give the folder it was prepared in")
-        differ = [key for key in now if now[key] != was.get(key) and not key.startswith(MAY_CHANGE)]
-        differ = [key for key in differ if key != "data.folder"]
-        if differ:
+        if differ := [key for key in now if now[key] != was.get(key) and not key.startswith(MAY_CHANGE)]:
             told = "; ".join(f"{key} was {was.get(key)!r}, is {now[key]!r}" for key in differ)
             raise TrainingError(f"got another config than {self.run} was begun with ({told}); begin a new run with it")
         self.told(f"going on after step {found.step}")
@@ -180,27 +213,17 @@ class Trainer:
         name = keep.name or self.run.name
         return Trackers(keep.trackers, self.run, keep.project, name, _flat(self.config.model_dump()), after=self.step)
 
-    def close(self) -> None:
-        if hasattr(self, "ahead"):
-            self.ahead.close()
-        if getattr(self, "tracker", None) is not None:
-            self.tracker.close()  # type: ignore[union-attr]
-        self.accelerator.free_memory()
-        AcceleratorState._reset_state(reset_partial_state=True)
-
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def steps(self) -> Outcome:
         """To the last step of the config."""
-        config, every = self.config, self.config.every
         loss = math.nan
-        while self.step < config.run.steps:
+        while self.step < self.config.run.steps:
             self._one()
-            last = self.step == config.run.steps
-            if last or not self.step % every.log:
+            if self._due(self.config.every.log):
                 loss = self._log()
             with self.window.paused():
-                self._between(last)
+                self._between()
         if self.tracker is not None:
             self.tracker.log(
                 {"summary/final_step": self.step, "summary/final_train_loss": loss, "summary/training_completed": True}
@@ -209,16 +232,19 @@ class Trainer:
             )
         return Outcome(self.step, loss, self.best, self.run)
 
-    def _between(self, last: bool) -> None:
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.run.steps or not self.step % every
+
+    def _between(self) -> None:
         """What is done after some steps."""
         every = self.config.every
-        if last or not self.step % every.evaluate:
+        if self._due(every.evaluate) or self._due(every.save):
             self._check()
+        if self._due(every.evaluate):
             self._evaluate()
-        if self.config.look.samples and (last or not self.step % every.samples):
+        if self.config.look.samples and self._due(every.samples):
             self._sample()
-        if last or not self.step % every.save or (self.score is not None and self.score == self.best):
-            self._check()
+        if self._due(every.save) or (self.score is not None and self.score == self.best):
             self._save()
 
     def _one(self) -> None:
@@ -227,7 +253,7 @@ class Trainer:
         ready = next(self.ahead)
         self.recent.append((self.step, [each.index for each in ready.batches]))
         residues = sum(each.residues for each in ready.batches)
-        whole = torch.tensor(residues, device=self.device)
+        whole = torch.full((), residues, device=self.device)  # a copy from the host would wait
         if self.ranks > 1:
             whole = self.accelerator.reduce(whole)
         rate = self.rate(self.updates + 1)
@@ -240,10 +266,15 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 # Gradients are averaged over processes, but a step's loss is one mean over all its residues.
                 nats += self._backward(batch, number, self.ranks / whole)
+        if self.replay is not None and self.ranks > 1:
+            self.replay.gradients.average()
         bound = math.inf if self.config.optim.clip is None else self.config.optim.clip
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), bound)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.replay is not None:
+            self.replay.gradients.zero()
+        else:
+            self.optimizer.zero_grad()
         self.step += 1
         self.place = ready.place
         if not self.accelerator.optimizer_step_was_skipped:
@@ -254,16 +285,19 @@ class Trainer:
         self.window.rate, self.window.epoch = rate, ready.epoch
 
     def _backward(self, batch: Batch, number: int, share: Tensor) -> Tensor:
-        with self.accelerator.autocast():
-            packed = self.bare.pack(batch.tokens, batch.lengths)
-        batch = batch.to(self.device, non_blocking=True)
+        lengths = batch.lengths
+        noised = self.objective.noised(batch.to(self.device, non_blocking=True), self.step, number)
         try:
-            nats = self.objective.nats(lambda x, level: self.model(x, level, packed), batch, self.step, number)
+            if self.replay is not None:
+                return self.replay.backward(noised, lengths, share)
+            with self.accelerator.autocast():
+                packed = self.bare.pack(batch.tokens, lengths)
+            nats = self.objective.cost(self.model(noised.tokens, noised.level, packed), noised)
             self.accelerator.backward(nats * share)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of memory at step {self.step} with a batch of {batch.tokens.numel():,} tokens, the longest"
-                f" sequence {int(batch.lengths.max()):,}: lower batch.tokens and raise batch.per_step, or set"
+                f" sequence {int(lengths.max()):,}: lower batch.tokens and raise batch.per_step, or set"
                 f" run.checkpointing ({str(error).splitlines()[0]})"
             ) from error
         return nats.detach()
@@ -298,8 +332,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[Trained]:
-        """With the averaged weights."""
-        with contextlib.nullcontext() if self.average is None else self.average.applied(self.bare):
+        """With the averaged weights, in the precision of training."""
+        with contextlib.ExitStack() as stack:
+            if self.average is not None:
+                stack.enter_context(self.average.applied(self.bare))
+            stack.enter_context(self.accelerator.autocast())
             yield self.trained
 
     def _evaluate(self) -> None:

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from headway.errors import RequestError
 from headway.masks.base import shape_of
+from headway.masks.documents import documents_of
 from headway.shims.insist import insist
 
 
@@ -105,8 +106,7 @@ def _packed_positions(
         " cumulative lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0))",
     )
     tokens = torch.arange(total, device=x.device, dtype=cu_seqlens.dtype)
-    # Never of a slice: see Packing.ids.
-    sequences = (torch.searchsorted(cu_seqlens, tokens, right=True) - 1).clamp_(0, len(lengths) - 1)
+    sequences = documents_of(tokens, cu_seqlens).clamp_(0, len(lengths) - 1)
     first = cu_seqlens[:-1] - seqlen_offsets
     return tokens - first[sequences]
 

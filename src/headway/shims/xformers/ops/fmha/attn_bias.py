@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headway.errors import RequestError
+from headway.masks.documents import documents_of
 from headway.shims.xformers.ops.fmha.seqinfo import _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo, default_device
 
 Device = str | torch.device
@@ -141,7 +142,7 @@ Blocks = TypeVar("Blocks", bound="_Blocks")
 def block_of(edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The block that each of `count` positions is in, by where blocks start and end; and the positions."""
     positions = torch.arange(count, device=edges.device, dtype=torch.int32)
-    return torch.searchsorted(edges, positions, right=True) - 1, positions  # never of a slice: see Packing.ids
+    return documents_of(positions, edges), positions
 
 
 @dataclass
