@@ -140,13 +140,13 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tok
         average.update(model)
         return host.residues, operations(config, host)
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     for number in range(8):
         step(number)
     wait(device)
     warm = time.perf_counter() - begun
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     done = [step(8 + number) for number in range(steps)]
     asked = time.perf_counter() - begun

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ALIGNED = 128
 """Bytes; kernels that read several numbers at once ask for it."""
@@ -20,15 +22,17 @@ class Gradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        weights = [each for each in model.parameters() if each.requires_grad]
-        (dtype,) = {each.dtype for each in weights}
+        self.weights = [each for each in model.parameters() if each.requires_grad]
+        (dtype,) = {each.dtype for each in self.weights}
         step = ALIGNED // dtype.itemsize
-        places = [0]
-        for each in weights:
-            places.append(places[-1] + -(-each.numel() // step) * step)
-        self.flat = torch.zeros(places[-1], dtype=dtype, device=weights[0].device)
-        for place, each in zip(places, weights, strict=False):
-            each.grad = self.flat[place : place + each.numel()].view_as(each)
+        sizes = [-(-each.numel() // step) * step for each in self.weights]
+        self.flat = torch.zeros(sum(sizes), dtype=dtype, device=self.weights[0].device)
+        for part, each in zip(self.flat.split(sizes), self.weights, strict=True):
+            each.grad = part[: each.numel()].view_as(each)
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """One for each of `weights`."""
+        torch._foreach_add_([each.grad for each in self.weights if each.grad is not None], gradients)
 
     def zero(self) -> None:
         self.flat.zero_()

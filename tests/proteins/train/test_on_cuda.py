@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from proteins.families import prepared, protein
-from proteins.train.runs import told, weights
+from proteins.train.runs import told
 from torch import Tensor
 from waiting import no_waiting
 
@@ -29,7 +29,7 @@ from headway_apps.proteins.train.trainer import Trainer, TrainingError, train
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 Configs = Callable[..., Config]
-GPU = ("run.device=cuda", "run.precision=bfloat16", "model.width=128", "model.heads=2", "batch.tokens=512",
+GPU = ("run.device=cuda", "run.precision=bfloat16", "model.width=128", "model.heads=2", "batch.tokens=4096",
        "look.samples=0", "every.evaluate=100")  # fmt: skip
 
 bfloat16 = partial(torch.autocast, "cuda", torch.bfloat16)
@@ -115,8 +115,8 @@ def test_dropout_is_another_in_each_batch_and_the_same_after_a_new_recording() -
 @pytest.fixture
 def longer(tmp_path: Path) -> str:
     rng = np.random.default_rng(0)
-    made = [protein(rng, int(length)) for length in rng.integers(20, 180, 70)]
-    prepared(tmp_path / "longer", made[:60], held_out=made[60:])
+    made = [protein(rng, int(length)) for length in rng.integers(20, 180, 600)]
+    prepared(tmp_path / "longer", made[:580], held_out=made[580:])
     return f"data.folder={tmp_path / 'longer'}"
 
 
@@ -136,13 +136,13 @@ def test_a_step_does_not_wait_for_the_gpu(
         assert (trainer.replay is None) == (replay == "false")
 
 
-def test_a_replayed_run_goes_on_to_the_bit_as_if_it_had_not_stopped(
-    config: Configs, longer: str, tmp_path: Path
-) -> None:
-    train(config(*GPU, longer), tmp_path / "whole")
-    train(config(*GPU, longer, "run.steps=4"), tmp_path / "parts")
-    train(config(*GPU, longer), tmp_path / "parts", resume=True)
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+def test_a_replayed_run_goes_on_as_if_it_had_not_stopped(config: Configs, longer: str, tmp_path: Path) -> None:
+    """With the same dropout; not to the bit, as attention's backward pass adds in any order on a GPU."""
+    train(config(*GPU, longer, "every.log=1"), tmp_path / "whole")
+    train(config(*GPU, longer, "every.log=1", "run.steps=4"), tmp_path / "parts")
+    train(config(*GPU, longer, "every.log=1"), tmp_path / "parts", resume=True)
+    for name in ("train/loss", "train/grad_norm"):
+        assert told(tmp_path / "parts", name) == pytest.approx(told(tmp_path / "whole", name), rel=1e-3)
 
 
 def test_a_replayed_run_learns_what_an_ordinary_one_does(config: Configs, longer: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -111,9 +112,9 @@ class DiT(nn.Module):
         """
         return Packed.of(lengths, self._queries(tokens.numel()))
 
-    def takes_documents(self) -> bool:
+    def takes_documents(self, lengths: Sequence[int]) -> bool:
         """Whether attention would run on a kernel that takes packed documents as they are, under this autocast."""
-        return kernels_know(Documents([1, 1]), self._queries(2))
+        return kernels_know(Documents(lengths), self._queries(sum(lengths)))
 
     def _queries(self, tokens: int) -> Tensor:
         """Such as a block's, to ask about."""

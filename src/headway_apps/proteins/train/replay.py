@@ -54,7 +54,7 @@ class Replay:
         with self._autocast():
             log_score = self._model(noised.tokens, noised.level, fixed.packed())
         nats = self._objective.cost(log_score, noised)
-        (nats * share).backward()
+        self.gradients.add(torch.autograd.grad(nats * share, self.gradients.weights))
         return nats.detach()
 
 

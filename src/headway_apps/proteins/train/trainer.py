@@ -143,11 +143,11 @@ class Trainer:
             fused=self.device.type == "cuda",
         )  # fmt: skip
         self.replay: Replay | None = None
-        if self._replays(network):
-            lengths = self.part.lengths() + BOUNDARIES
+        tokens, lengths = self.config.batch.tokens, self.part.lengths() + BOUNDARIES
+        if self._replays(network, [int(lengths.max())] * (tokens // int(lengths.max()))):
             self.replay = Replay(
-                network, self.objective, self.accelerator.autocast, tokens=self.config.batch.tokens,
-                longest=int(lengths.max()), mean=float(lengths.mean()),
+                network, self.objective, self.accelerator.autocast, tokens=tokens, longest=int(lengths.max()),
+                mean=float(lengths.mean()),
             )  # fmt: skip
             self.model, self.optimizer = network, self.accelerator.prepare(optimizer)
         else:
@@ -157,8 +157,8 @@ class Trainer:
             network.compile_parts(dynamic=None if self.replay else True)
         self.bare: DiT = self.accelerator.unwrap_model(self.model)
 
-    def _replays(self, network: DiT) -> bool:
-        """Whether passes are recorded, as the config asks or by itself."""
+    def _replays(self, network: DiT, lengths: list[int]) -> bool:
+        """Whether passes of batches such as of these lengths are recorded, as the config asks or by itself."""
         run = self.config.run
         with self.accelerator.autocast():
             obstacle = (
@@ -168,7 +168,7 @@ class Trainer:
                 else "in float16, takes a precision without a scaler, which reads what it finds"
                 if self.accelerator.scaler is not None
                 else f"on {self.device}, takes a GPU that has a kernel for packed sequences"
-                if not network.takes_documents()
+                if not network.takes_documents(lengths)
                 else None
             )  # fmt: skip
         if run.replay is True and obstacle:
