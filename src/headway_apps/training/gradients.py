@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,7 @@ class Gradients:
         for part, each in zip(self.flat.split(sizes), self.weights, strict=True):
             each.grad = part[: each.numel()].view_as(each)
 
-    def add(self, gradients: Sequence[Tensor]) -> None:
+    def add(self, gradients: tuple[Tensor, ...]) -> None:
         """One for each of `weights`."""
         torch._foreach_add_([each.grad for each in self.weights if each.grad is not None], gradients)
 
