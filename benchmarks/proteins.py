@@ -108,7 +108,7 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tok
     first, *more = way.split(", ")
     scores = WAYS[first]
     if "compiled" in more:
-        model.compile_parts(dynamic=None if "replayed" in more else True)
+        model.compile_parts(one_shape="replayed" in more)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=device.type == "cuda")
     average = Average(model, 0.9999)
     graph = Absorbing(ESM.size, mask=ESM.mask, ids=ESM.residues)

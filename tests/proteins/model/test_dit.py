@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -287,6 +288,28 @@ def test_a_compiled_model_reads_lengths_outside_of_its_graph() -> None:
     lengths = torch.tensor(LENGTHS["ragged"])
     got = torch.compile(model, backend="eager")(tokens, sigma, lengths)
     torch.testing.assert_close(got, model(tokens, sigma, lengths))
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("one_shape", [False, True])
+def test_parts_that_are_compiled_compute_the_same_for_batches_of_any_shape(
+    monkeypatch: pytest.MonkeyPatch, one_shape: bool, blocks: int
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model, plain = stirred(blocks=blocks), stirred(blocks=blocks)
+    model.compile_parts(one_shape=one_shape)
+    for lengths in ([5, 1, 9, 3], [5, 1, 9, 3], [6, 6, 6], [2, 8]):
+        tokens, sigma = drawn(sum(lengths), len(lengths))
+        outs = [each(tokens, sigma, torch.tensor(lengths)) for each in (model, plain)]
+        torch.testing.assert_close(*outs)
+        grads = (
+            torch.autograd.grad(out.square().sum(), list(of.parameters()))
+            for out, of in zip(outs, (model, plain), strict=True)
+        )
+        torch.testing.assert_close(*grads)
+    with torch.no_grad():
+        torch.testing.assert_close(*(each(*drawn(4, 1), torch.tensor([4])) for each in (model, plain)))
 
 
 def test_it_learns() -> None:

@@ -115,7 +115,7 @@ def doings(place: Path) -> Iterator[Any]:
     told: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gc.collect", lambda *_: 0)  # at its end, half the time of so small a run
-        patch.setattr(DiT, "compile_parts", lambda self, dynamic: told.update(compiled=True))
+        patch.setattr(DiT, "compile_parts", lambda self, one_shape: told.update(compiled=True))
         patch.setattr(
             "headway_apps.proteins.model.dit.checkpoint",
             lambda block, *given, use_reentrant: told.update(checkpointed=True) or block(*given),

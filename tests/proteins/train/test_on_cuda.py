@@ -83,7 +83,7 @@ def test_a_recorded_pass_costs_what_an_ordinary_one_costs(compiled: bool) -> Non
     model = network()
     expected = [plain(model, batch, number) for number, batch in enumerate(BATCHES)]
     if compiled:
-        model.compile_parts(dynamic=None)
+        model.compile_parts(one_shape=True)
     replay = replay_of(model)
     for number, (batch, (nats, grads)) in enumerate(zip(BATCHES, expected, strict=True)):
         replay.gradients.zero()

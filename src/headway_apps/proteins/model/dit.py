@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -26,6 +27,10 @@ LEAST_SIGMA = 1e-12
 """Scores at less noise are as if it were this: at 0 nothing is masked, and the ratio of what is would be infinite."""
 
 
+Turns = tuple[Tensor, Tensor]
+"""Cosines and sines of positions: `rotations`."""
+
+
 class DiT(nn.Module):
     """Log scores of every symbol at every token, given the noise level of each sequence.
 
@@ -42,6 +47,8 @@ class DiT(nn.Module):
 
     checkpointing = False
     """Whether to keep no activations inside blocks for the backward pass, but to compute them again."""
+    between: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    """The function of that name, if it is compiled."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -65,19 +72,23 @@ class DiT(nn.Module):
                 nn.init.ones_(module.weight)
         bound = self.config.width**-0.5
         nn.init.uniform_(self.embed.weight, -bound, bound)
-        for linear in (self.head.linear, self.head.modulation, *(cast(Block, b).modulation for b in self.blocks)):
+        for linear in (self.head.linear, self.head.modulation, *(block.modulation for block in self._blocks())):
             for parameter in linear.parameters():
                 nn.init.zeros_(parameter)
 
-    def compile_parts(self, dynamic: bool | None = True) -> None:
-        """Compile what stands between calls of attention, for batches of any shape; with `dynamic=None` for the first
-        shape that is met and, once there is another, for any.
+    def compile_parts(self, *, one_shape: bool = False) -> None:
+        """Compile what stands between calls of attention, for batches of any shape; or first of all for the one shape
+        that is met first, and over the bounds of blocks, which then are not called as modules.
 
         Attention itself is called as it is: on some GPUs its fastest kernels cannot be part of a compiled graph.
         """
-        for block in self.blocks:
-            for part in ("before", "after"):
-                setattr(block, part, torch.compile(getattr(block, part), dynamic=dynamic))
+        dynamic = None if one_shape else True
+        blocks = self._blocks()
+        for block in blocks[:1] if one_shape else blocks:
+            block.before = torch.compile(block.before, dynamic=dynamic)  # type: ignore[method-assign]
+        for block in blocks[-1:] if one_shape else blocks:
+            block.after = torch.compile(block.after, dynamic=dynamic)  # type: ignore[method-assign]
+        self.between = torch.compile(between, dynamic=dynamic) if one_shape else None
         self.head.compile(dynamic=dynamic)
 
     def forward(self, tokens: Tensor, sigma_bar: Tensor, lengths: Tensor | Packed | None = None) -> Tensor:
@@ -95,14 +106,30 @@ class DiT(nn.Module):
         told = self.time(sigma_bar)
         positions = torch.arange(rows.shape[1], device=x.device) if packed is None else packed.positions
         turns = rotations(positions, self.config.head_dim, _wide(x.dtype))
-        for block in self.blocks:
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(block, x, told, turns, packed, use_reentrant=False))
-            else:
-                x = block(x, told, turns, packed)
+        x = self._through(x, told, turns, packed)
         logits = self.head(x, told, packed)
         scores = self._scores(logits.to(_wide(logits.dtype)), rows, sigma_bar, packed)
         return scores.reshape(*tokens.shape, self.config.scored)
+
+    def _through(self, x: Tensor, told: Tensor, turns: Turns, packed: Packed | None) -> Tensor:
+        """All blocks."""
+        kept = not (self.checkpointing and self.training and torch.is_grad_enabled())
+        if self.between is None or not kept:
+            for block in self.blocks:
+                x = (
+                    block(x, told, turns, packed) if kept
+                    else cast(Tensor, checkpoint(block, x, told, turns, packed, use_reentrant=False))
+                )  # fmt: skip
+            return x
+        blocks = self._blocks()
+        modulations = [block.modulation(told) for block in blocks]
+        q, k, v = blocks[0].before(x, modulations[0], turns, packed)
+        for (one, other), told_each in zip(pairwise(blocks), pairwise(modulations), strict=True):
+            x, q, k, v = self.between((one, other), x, attended(q, k, v, packed), told_each, turns, packed)
+        return blocks[-1].after(x, attended(q, k, v, packed), modulations[-1], packed)
+
+    def _blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.blocks]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths have to be read
     def pack(self, tokens: Tensor, lengths: Tensor) -> Packed:
@@ -169,21 +196,22 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(inner, width)
         self.modulation = nn.Linear(config.cond, 6 * width)
 
-    def forward(self, x: Tensor, told: Tensor, turns: tuple[Tensor, Tensor], packed: Packed | None) -> Tensor:
+    def forward(self, x: Tensor, told: Tensor, turns: Turns, packed: Packed | None) -> Tensor:
         """x (B, L, width), or (1, T, width) if packed."""
         modulation = self.modulation(told)
-        q, k, v = self.before(x, modulation, turns, packed)
-        heads = headway.attention(q, k, v) if packed is None else packed.attend(q, k, v)
+        heads = attended(*self.before(x, modulation, turns, packed), packed)
         return self.after(x, heads, modulation, packed)
 
     def before(
-        self, x: Tensor, modulation: Tensor, turns: tuple[Tensor, Tensor], packed: Packed | None
+        self, x: Tensor, modulation: Tensor, turns: Turns, packed: Packed | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What attention takes, (B, heads, L, size) each."""
         shift, scale = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[:2])
         x = modulated(self.attention_norm(x), scale, shift).to(x.dtype)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, L, size)
         q, k, v = qkv.unbind(2)
+        if torch.compiler.is_compiling():
+            v = v.clone()  # its gradient is taken as it comes if it is no view: one copy less
         return turned(q, turns), turned(k, turns), v
 
     def after(self, x: Tensor, heads: Tensor, modulation: Tensor, packed: Packed | None) -> Tensor:
@@ -259,14 +287,28 @@ def at_tokens(values: Tensor, packed: Packed | None) -> Tensor:
     return values[:, None] if packed is None else packed.spread(values)
 
 
-def rotations(positions: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def attended(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None) -> Tensor:
+    return headway.attention(q, k, v) if packed is None else packed.attend(q, k, v)
+
+
+def between(
+    blocks: tuple[Block, Block], x: Tensor, heads: Tensor, told: tuple[Tensor, Tensor], turns: Turns,
+    packed: Packed | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """All from one block's attention to the next one's: x, and what that takes."""
+    one, other = blocks
+    x = one.after(x, heads, told[0], packed)
+    return x, *other.before(x, told[1], turns, packed)
+
+
+def rotations(positions: Tensor, size: int, dtype: torch.dtype) -> Turns:
     """Cosines and sines, (L, size / 2), that turn a head's pairs of features by their position."""
     steps = torch.arange(0, size, 2, dtype=dtype, device=positions.device) * (-math.log(PERIOD) / size)
     angles = positions.to(dtype)[:, None] * steps.exp()
     return angles.cos(), angles.sin()
 
 
-def turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+def turned(x: Tensor, turns: Turns) -> Tensor:
     """x (..., L, size) with feature i and i + size / 2 turned as a pair, in float32 at least."""
     cos, sin = turns
     one, other = x.to(cos.dtype).chunk(2, -1)

@@ -46,6 +46,15 @@ def optimizer_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def give_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    # torch gives an optimizer a state where no weight has a gradient yet, and leaves none.
+    gradients = [(weight, weight.grad) for weight in model.parameters()]
+    optimizer.zero_grad()
+    _give(model, optimizer, tensors)
+    for weight, gradient in gradients:
+        weight.grad = gradient
+
+
+def _give(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     held: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
     state: dict[str, Any] = {}
     for name, value in tensors.items():

@@ -154,7 +154,7 @@ class Trainer:
             self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         if run.compile:
             # What is recorded has one shape, and is faster for being compiled for it.
-            network.compile_parts(dynamic=None if self.replay else True)
+            network.compile_parts(one_shape=self.replay is not None)
         self.bare: DiT = self.accelerator.unwrap_model(self.model)
 
     def _replays(self, network: DiT, lengths: list[int]) -> bool:
