@@ -208,11 +208,11 @@ class Block(nn.Module):
         """What attention takes, (B, heads, L, size) each."""
         shift, scale = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[:2])
         x = modulated(self.attention_norm(x), scale, shift).to(x.dtype)
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, L, size)
-        q, k, v = qkv.unbind(2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, heads, size)
         if torch.compiler.is_compiling():
             v = v.clone()  # its gradient is taken as it comes if it is no view: one copy less
-        return turned(q, turns), turned(k, turns), v
+        q, k, v = (each.transpose(1, 2) for each in (turned(q, turns), turned(k, turns), v))
+        return q, k, v
 
     def after(self, x: Tensor, heads: Tensor, modulation: Tensor, packed: Packed | None) -> Tensor:
         """All that comes of what attention gives."""
@@ -309,8 +309,8 @@ def rotations(positions: Tensor, size: int, dtype: torch.dtype) -> Turns:
 
 
 def turned(x: Tensor, turns: Turns) -> Tensor:
-    """x (..., L, size) with feature i and i + size / 2 turned as a pair, in float32 at least."""
-    cos, sin = turns
+    """x (B, L, heads, size) with feature i and i + size / 2 turned as a pair, in float32 at least."""
+    cos, sin = (each[:, None] for each in turns)
     one, other = x.to(cos.dtype).chunk(2, -1)
     return torch.cat((one * cos - other * sin, other * cos + one * sin), -1).to(x.dtype)
 
