@@ -17,11 +17,11 @@ import headway
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 LENGTHS = [100, 28, 128]
-flash_attn_func: Any
-flash_attn_varlen_func: Any
-memory_efficient_attention: Any
-LowerTriangularMask: Any
-fmha: Any
+flash_attn_func: Any = None
+flash_attn_varlen_func: Any = None
+memory_efficient_attention: Any = None
+LowerTriangularMask: Any = None
+fmha: Any = None
 
 
 class Attention(nn.Module):
