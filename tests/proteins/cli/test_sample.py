@@ -115,7 +115,7 @@ def test_a_file_that_is_there_is_kept_unless_forced(model: Path) -> None:
         (["--template", "MX_"], "got 'X' as character 2"),
         (["--templates", "nowhere.fasta"], "cannot read nowhere.fasta"),
         (["--sampler", "ddpm"], "known: first-hitting, euler, analytic"),
-        (["--steps", "5"], "got 5 steps for first-hitting"),
+        (["--steps", "0"], "takes 1 step or more"),
         (["--seed", "-1"], "got the seed -1"),
         (["--tokens", "0"], "budget of 0"),
         (["--device", "cuda:99"], "cuda:99"),

@@ -22,6 +22,7 @@ ESM = Absorbing(33, mask=32, ids=tuple(range(4, 24)))
 EVERY = [
     (FirstHitting(), ESM),
     (FirstHitting(), Absorbing(33, mask=33, ids=tuple(range(4, 24)))),
+    (FirstHitting(3), ESM),
     *((sampler, graph) for sampler in (Euler(12), Analytic(12)) for graph in (ESM, Uniform(33, ids=ESM.ids))),
     (Euler(12), Absorbing(33, mask=33, ids=tuple(range(4, 24)))),
     (Analytic(12), Absorbing(33, mask=33, ids=tuple(range(4, 24)))),
@@ -95,6 +96,43 @@ def test_first_hitting_is_exact_in_as_many_calls_as_sites(source: Source) -> Non
     assert p_of_fit(counts, source.probability) > 1e-3
 
 
+def test_first_hitting_in_fewer_calls_comes_to_the_source_with_more() -> None:
+    """Of four sites: all at once is as good as no order at all, in three calls two at a time are drawn as if alone."""
+    source, count = markov(4), 15_000
+    tokens = torch.zeros(count, 4, dtype=torch.int64)
+    off = []
+    for steps in (1, 2, 3, 4, 9):
+        drawn = FirstHitting(steps).sample(source.masks_model, MASKS, SCHEDULE, tokens, generator=rng(2))
+        index = drawn.tokens @ torch.tensor([27, 9, 3, 1])
+        found = torch.bincount(index, minlength=len(source.probability)).double() / count
+        off.append(distance(found, source.probability))
+        assert drawn.calls == min(steps, 4)
+    assert off == sorted(off, reverse=True)
+    assert off[0] > 3 * off[3]
+    assert off[3] == off[4]
+
+
+def test_first_hitting_in_fewer_calls_spreads_every_sequence_over_them() -> None:
+    """At the noise at which the first of its sites would be revealed that are revealed in a call."""
+    told: list[Tensor] = []
+    masked: list[Tensor] = []
+    lengths = torch.tensor([7, 3, 2, 5])
+
+    def watching(tokens: Tensor, sigma_bar: Tensor, _: Tensor | None) -> Tensor:
+        told.append(sigma_bar)
+        masked.append(torch.stack([(each == 3).sum() for each in tokens.flatten().split(lengths.tolist())]))
+        return torch.zeros(*tokens.shape, 4)
+
+    tokens = torch.zeros(int(lengths.sum()), dtype=torch.int64)
+    FirstHitting(3).sample(watching, MASKS, SCHEDULE, tokens, lengths, generator=rng())
+    few = torch.stack(told)
+    assert torch.stack(masked).tolist() == [[7, 3, 2, 5], [4, 2, 1, 3], [2, 1, 0, 1]]
+    told.clear()
+    FirstHitting().sample(watching, MASKS, SCHEDULE, tokens, lengths, generator=rng())
+    for sequence, turns in enumerate(([0, 3, 5], [0, 1, 2], [0, 1], [0, 2, 4])):
+        assert few[: len(turns), sequence].tolist() == [float(told[turn][sequence]) for turn in turns]
+
+
 def test_first_hitting_tells_the_noise_at_which_each_site_would_be_revealed() -> None:
     """With k of L left, the share masked is the k-th least of L even numbers; and all sites come in all orders."""
     told: list[Tensor] = []
@@ -145,7 +183,8 @@ def test_every_sampler_gives_ids_alone_and_holds_what_is_given(sampler: Sampler,
     assert torch.equal(drawn.tokens[~free], tokens[~free])
     assert graph.holds(drawn.tokens[free]).all()
     assert (drawn.tokens[free] != tokens[free]).any()
-    calls = sampler.steps + 1 if isinstance(sampler, Stepped) else int(free.sum(-1).max())
+    longest = int(free.sum(-1).max())
+    calls = sampler.calls(longest) if isinstance(sampler, FirstHitting) else sampler.steps + 1
     assert drawn.calls == calls
 
 
@@ -186,7 +225,7 @@ def test_packed_sequences_of_many_lengths_are_sampled_as_they_are(sampler: Sampl
     drawn = sampler.sample(watching, graph, SCHEDULE, tokens, lengths, free=free, generator=rng())
     assert graph.holds(drawn.tokens[free]).all()
     assert torch.equal(drawn.tokens[~free], tokens[~free])
-    if isinstance(sampler, FirstHitting):
+    if sampler == FirstHitting():
         assert drawn.calls == 8
         left = torch.stack([(x == graph.mask) for x in seen]).split(lengths.tolist(), -1)  # type: ignore[attr-defined]
         assert [part[0].sum().item() for part in left] == [3, 8, 0, 0, 5]

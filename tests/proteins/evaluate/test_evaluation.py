@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from headway import RequestError
 from headway_apps.proteins.cli import app
 from headway_apps.proteins.data.shards import Prepared
-from headway_apps.proteins.errors import DataError
+from headway_apps.proteins.errors import DataError, WeightsError
 from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate
 
 
@@ -124,7 +124,7 @@ def test_a_folder_without_a_model_is_refused(data: Prepared, tmp_path: Path) -> 
     assert "takes a folder of a trained model, or of a run" in done.stderr
 
 
-def test_the_averaged_weights_of_a_runs_last_checkpoint_are_what_is_evaluated(tmp_path: Path) -> None:
+def test_the_averaged_weights_of_a_runs_last_checkpoint_or_its_best_are_what_is_evaluated(tmp_path: Path) -> None:
     from headway_apps.proteins.cli.opened import opened
     from headway_apps.proteins.config import parse
     from headway_apps.proteins.model.dit import DiT
@@ -134,12 +134,19 @@ def test_the_averaged_weights_of_a_runs_last_checkpoint_are_what_is_evaluated(tm
         "data: {folder: x}\nrun: {steps: 10}\noptim: {warmup: 1}\nmodel: {width: 32, blocks: 1, heads: 2, cond: 8}"
     )
     kept = Checkpoints(tmp_path / "checkpoints")
-    for step in (1, 2):
+    for step, score in ((1, None), (2, 3.0), (3, 3.5)):
+        if step == 2:
+            with pytest.raises(WeightsError, match="of which no checkpoint was scored"):
+                opened(tmp_path, best=True)
         weights = DiT(config.network).state_dict()
         average = {name: torch.full_like(each, step) for name, each in weights.items()}
         state = {"config": config.model_dump(), "trained": trained().told()}
-        kept.save(step, {"model": weights, "average": average}, state)
-    model, name = opened(tmp_path)
-    assert name == f"{tmp_path.name}, step 2"
-    assert all((each == 2).all() for each in model.model.parameters())
-    assert not model.model.training
+        kept.save(step, {"model": weights, "average": average}, state, score=score)
+    for best, step in ((False, 3), (True, 2)):
+        model, name = opened(tmp_path, best=best)
+        assert name == f"{tmp_path.name}, step {step}"
+        assert all((each == step).all() for each in model.model.parameters())
+        assert not model.model.training
+    trained().save(tmp_path)
+    with pytest.raises(RequestError, match="got --best .* one trained model"):
+        opened(tmp_path, best=True)

@@ -182,11 +182,18 @@ def test_the_network_computes_in_the_dtype_asked_for(dtype: torch.dtype) -> None
     assert [len(each) for each in made] == [12, 16]
 
 
+def test_first_hitting_in_fewer_calls_for_every_batch() -> None:
+    model, expected = tiny.untrained(), []
+    made = generate(model, [30, 4, 12], steps=9, tokens=32, progress=lambda _, done, every: expected.append(every))
+    assert [len(each) for each in made.proteins] == [30, 4, 12]
+    assert made.calls == expected[-1] == 9 + 9  # of the two short ones in one batch, and of the long one
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "said"),
     [
         ({"sampler": "ddim"}, UnknownNameError, "first-hitting, euler, analytic"),
-        ({"steps": 9}, RequestError, "leave them out"),
+        ({"steps": 0}, RequestError, "1 step or more"),
         ({"sampler": "euler", "steps": 0}, RequestError, "1 step or more"),
         ({"seed": -1}, RequestError, "seed -1"),
         ({"seed": 2**63}, RequestError, "seed 9223372036854775808"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def command(
     model: Annotated[Path, typer.Argument(help="A run's folder, or that of a trained model.", show_default=False)],
     data: Annotated[Path, typer.Option(help="A folder made by `headway proteins prepare`.", show_default=False)],
+    best: Annotated[bool, typer.Option("--best", help="Of a run: the weights that scored best, not the last.")] = False,
     part: Annotated[str, typer.Option(help="A part of the data that was not trained on.")] = "held_out",
     draws: Annotated[int, typer.Option(min=1, help="Calls of the model for each sequence.")] = 1,
     sequences: Annotated[
@@ -55,7 +56,7 @@ def command(
     if not out.absolute().parent.is_dir():
         raise DataError(f"got --out {out}, takes a file in a folder that is there; make {out.absolute().parent}")
     where = precision.device(device)
-    trained, name = opened(model)
+    trained, name = opened(model, best=best)
     prepared = Prepared(data)
     trained.model.to(where)
     with told() as tell:

@@ -1,20 +1,29 @@
-"""A trained model from what people name: its own folder, or a run's, of which it is the last checkpoint."""
+"""A trained model from what people name: its own folder, or a run's, of which it is the last checkpoint or the best."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from headway import RequestError
 from headway_apps.proteins.errors import WeightsError
 from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.trained import FILE, Trained
 from headway_apps.training.checkpoints import Checkpoint, Checkpoints
 
 
-def opened(path: Path) -> tuple[Trained, str]:
-    """The model, and what it is called; of a run, with the averaged weights where there are any."""
+def opened(path: Path, *, best: bool = False) -> tuple[Trained, str]:
+    """The model, and what it is called; of a run, with the averaged weights where there are any.
+
+    `best` is of a run whose checkpoints have scores.
+    """
     if (path / FILE).is_file():
+        if best:
+            raise RequestError(f"got --best for {path}, one trained model, takes it with a run's folder; leave it out")
         return Trained.load(path), path.name
-    kept = Checkpoints(path / "checkpoints").latest() if (path / "checkpoints").is_dir() else None
+    found = Checkpoints(path / "checkpoints") if (path / "checkpoints").is_dir() else None
+    kept = None if found is None else found.best() if best else found.latest()
+    if kept is None and found is not None and found.steps():
+        raise WeightsError(f"got --best for {path}, of which no checkpoint was scored on held-out data; leave it out")
     if kept is None:
         raise WeightsError(
             f"got {path}, which has neither {FILE} nor a checkpoint, takes a folder of a trained model, or of a run"

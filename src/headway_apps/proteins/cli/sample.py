@@ -27,6 +27,7 @@ def command(
         Path, typer.Argument(metavar="MODEL", help="A run's folder, or that of a trained model.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(metavar="FASTA", help="The file to write.", show_default=False)],
+    best: Annotated[bool, typer.Option("--best", help="Of a run: the weights that scored best, not the last.")] = False,
     count: Annotated[
         int | None,
         typer.Option("--count", "-n", help=f"How many: {COUNT}, or 1 of each template, if not given.", min=1),
@@ -44,7 +45,11 @@ def command(
     templates: Annotated[Path | None, typer.Option(metavar="FASTA", help="A file of templates.")] = None,
     sampler: Annotated[str, typer.Option(help=f"{', '.join(SAMPLERS)}.")] = "first-hitting",
     steps: Annotated[
-        int | None, typer.Option(help=f"{Euler.steps} of euler, {Analytic.steps} of analytic, if not given.")
+        int | None,
+        typer.Option(
+            help=f"{Euler.steps} of euler, {Analytic.steps} of analytic, if not given. Of first-hitting the most calls, if"
+            " not given as many as free residues."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of lengths and residues.")] = 0,
     tokens: Annotated[int, typer.Option(help="In one call of the network. Another number draws others.")] = TOKENS,
@@ -59,7 +64,7 @@ def command(
     where = precisions.device(device)
     dtype = precisions.chosen(where, precision).dtype
     given = [Template.parse(each) for each in template or ()] + (read(templates) if templates else [])
-    trained, _ = opened(model)
+    trained, _ = opened(model, best=best)
     wanted = _wanted(trained, given, length, count, seed)
     trained.model.to(where)
     with told() as progress:

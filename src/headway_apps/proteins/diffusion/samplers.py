@@ -7,7 +7,8 @@ afterwards, and log scores that are no numbers raise.
     Euler         `steps` calls and one more; jumps at the rates that the step begins with
     Analytic      the same calls; each step is exact for every site by itself (Tweedie)
     FirstHitting  as many calls as the longest has free sites; exact. One site of each sequence is revealed at a time,
-                  in an even order, at the noise at which it would be (Zheng et al. 2024, arXiv:2409.02908)
+                  in an even order, at the noise at which it would be (Zheng et al. 2024, arXiv:2409.02908). In fewer
+                  calls, if asked, by revealing several at a time
 """
 
 from __future__ import annotations
@@ -161,14 +162,28 @@ class Analytic(Stepped):
 class FirstHitting(Sampler):
     """From one reveal to the next, on absorbing graphs alone. When and where they are is drawn before any call."""
 
+    steps: int | None = None
+    """The most calls. A sequence of more sites reveals several in a call, as evenly as can be, each as if alone."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise RequestError(f"got {self}; takes 1 step or more, or None for one for each site")
+
+    def calls(self, longest: int) -> int:
+        """For sequences of which the longest has so many free sites."""
+        return longest if self.steps is None else min(self.steps, longest)
+
     def walk(self, chain: Chain) -> None:
         if not isinstance(chain.graph, Absorbing):
             raise RequestError(f"got {type(chain.graph).__name__}; takes Absorbing, which masks: use Analytic")
         document = chain.sequences.document
         left = torch.bincount(document[chain.free].cpu(), minlength=chain.sequences.count)
+        calls = self.calls(int(left.max()))
         shares = _shares_masked(left, chain.generator).clamp_max(chain.schedule.jumped_at_end)
+        shares = shares.gather(0, _first_turns(left, calls).clamp_max(len(shares) - 1))
         sigma_bars = (-torch.log1p(-shares)).to(document.device, torch.float32)
-        for sigma_bar, sites in zip(sigma_bars, _reveal_order(document, chain.free, chain.generator), strict=True):
+        order = _reveal_order(document, chain.free, chain.generator, left, calls)
+        for sigma_bar, sites in zip(sigma_bars, order, strict=True):
             log_score = chain.restricted(chain.ask(sigma_bar)[sites])
             drawn = categorical(chain.graph.log_clean(log_score), chain.generator).to(document.device)
             chain.tokens = chain.tokens.index_copy(0, sites, drawn)
@@ -185,12 +200,20 @@ def _shares_masked(left: Tensor, generator: torch.Generator) -> Tensor:
     return (uniform(power, generator) ** power).cumprod(0)
 
 
-def _reveal_order(document: Tensor, free: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """The sites that are revealed in each turn: one of every sequence that has one left, all orders being as likely."""
+def _first_turns(left: Tensor, calls: int) -> Tensor:
+    """The turn (calls, N) at which each sequence is when a call is made: as many as calls, or spread over them."""
+    call = torch.arange(calls)[:, None]
+    return torch.where(left > calls, -(call * -left // calls), call)
+
+
+def _reveal_order(document: Tensor, free: Tensor, generator: torch.Generator, left: Tensor, calls: int) -> list[Tensor]:
+    """The sites that are revealed in each call: of every sequence that has one left, all orders being as likely."""
     every = document.cpu()
     sites = free.cpu().nonzero().squeeze(-1)
     sites = sites[uniform(sites, generator).argsort()]
     sites = sites[every[sites].argsort(stable=True)]
     turns = torch.arange(len(sites)) - torch.searchsorted(every[sites], every[sites])  # less where its sequence starts
-    counts = torch.bincount(turns).tolist()
-    return list(sites[turns.argsort(stable=True)].to(document.device).split(counts))
+    of_each = left[every[sites]]
+    call = torch.where(of_each > calls, turns * calls // of_each, turns)
+    counts = torch.bincount(call).tolist()
+    return list(sites[call.argsort(stable=True)].to(document.device).split(counts))

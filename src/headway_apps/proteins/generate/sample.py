@@ -18,7 +18,12 @@ from headway_apps.proteins.model.evaluated import evaluated
 if TYPE_CHECKING:
     from headway_apps.proteins.trained import Trained
 
-SAMPLERS: dict[str, type[Sampler]] = {"first-hitting": FirstHitting, "euler": Euler, "analytic": Analytic}
+Drawn = FirstHitting | Stepped
+SAMPLERS: dict[str, type[Drawn]] = {
+    "first-hitting": FirstHitting,
+    "euler": Euler,
+    "analytic": Analytic,
+}
 TOKENS = 16_384
 """In one call of the network, if not asked otherwise; a longer protein is alone in its call."""
 
@@ -31,16 +36,12 @@ class Generated:
     """How often the network was asked."""
 
 
-def named(sampler: str, steps: int | None = None) -> Sampler:
-    """A sampler by its name; `steps` are of those that take them."""
+def named(sampler: str, steps: int | None = None) -> Drawn:
+    """A sampler by its name, in so many steps."""
     if sampler not in SAMPLERS:
         raise UnknownNameError("sampler", sampler, tuple(SAMPLERS))
     kind = SAMPLERS[sampler]
-    if steps is None:
-        return kind()
-    if not issubclass(kind, Stepped):
-        raise RequestError(f"got {steps} steps for {sampler}, which takes one for each free residue; leave them out")
-    return kind(steps)
+    return kind() if steps is None else kind(steps)
 
 
 def generate(
@@ -95,8 +96,9 @@ def _batches(templates: Sequence[Template], tokens: int) -> list[list[int]]:
     return batches
 
 
-def _calls(sampler: Sampler, batch: Sequence[Template]) -> int:
-    return sampler.steps + 1 if isinstance(sampler, Stepped) else max(each.free for each in batch)
+def _calls(sampler: Drawn, batch: Sequence[Template]) -> int:
+    longest = max(each.free for each in batch)
+    return sampler.calls(longest) if isinstance(sampler, FirstHitting) else sampler.steps + 1
 
 
 @dataclasses.dataclass
