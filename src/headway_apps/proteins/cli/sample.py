@@ -47,8 +47,8 @@ def command(
     steps: Annotated[
         int | None,
         typer.Option(
-            help=f"{Euler.steps} of euler, {Analytic.steps} of analytic, if not given. Of first-hitting the most calls, if"
-            " not given as many as free residues."
+            help=f"{Euler.steps} of euler, {Analytic.steps} of analytic, if not given. The most calls of first-hitting:"
+            " as many as free residues, if not given."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of lengths and residues.")] = 0,
