@@ -267,8 +267,8 @@ NUDGES = 8
 Where an activation bends, one rounding shows as hundreds do elsewhere, and whom it hits is chance. Sites do not bend.
 """
 
-CANNOT = (RuntimeError, TypeError, ValueError, AssertionError)
-"""What a model raises that casts inside its forward, in a dtype it did not reckon with."""
+CANNOT = (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
+"""What a model raises that casts inside its forward, or looks something up by dtype, in one it did not reckon with."""
 
 
 def _before(run: Run, fresh: Callable[[], nn.Module], inputs: Inputs) -> tuple[Run, Answer, str]:
