@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from headway import Documents, RequestError
-from headway.masks.documents import documents_of
 from headway_apps.proteins.model.packed import Packed
 from headway_apps.proteins.train.objective import Noised
 
@@ -74,14 +73,14 @@ class Fixed:
     def packed(self) -> Packed:
         """Where each token belongs, by what stands in `starts` when this runs."""
         total = self.noised.tokens.numel()
-        places = torch.arange(total, dtype=torch.int32, device=self.starts.device)
-        document = documents_of(places, self.starts)
+        mask = Documents.from_cu_seqlens(self.starts, longest=self.longest, total=total)
+        document = mask.queries.ids(total, self.starts.device).long()
         return Packed(
-            document=document.long(),
-            positions=(places - self.starts[document]).long(),
+            document=document,
+            positions=torch.arange(total, device=self.starts.device) - self.starts[document],
             documents=self.documents,
             longest=self.longest,
-            mask=Documents.from_cu_seqlens(self.starts, longest=self.longest, total=total),
+            mask=mask,
             places=None,
             is_rows=False,
         )

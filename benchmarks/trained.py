@@ -1,0 +1,147 @@
+"""What a trained run came to: a page of docs with its figures, and rows of results. Draws by several samplers.
+
+    headway proteins train examples/proteins/small.yaml --out RUN --set data.folder=DATA
+    python benchmarks/trained.py RUN DATA --page docs/trained.md --rows benchmarks/results/trained.jsonl
+
+The weights are those that scored best on the held-out part while they were trained. Samplers draw proteins of the same
+lengths; a distance is that of Jensen and Shannon between k-mers of samples and of one half of the held-out part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from attention import about
+
+from headway_apps.proteins.cli.opened import opened
+from headway_apps.proteins.data.shards import Prepared
+from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate
+from headway_apps.proteins.evaluate.statistics import KMERS, Statistics
+from headway_apps.proteins.generate.lengths import draw
+from headway_apps.proteins.generate.sample import generate
+from headway_apps.proteins.report.figures import LIGHT, figures
+from headway_apps.proteins.report.run import Run
+from headway_apps.proteins.trained import Trained
+from headway_apps.training import precision
+
+SAMPLERS: tuple[tuple[str, int | None], ...] = (("euler", 1000), ("first-hitting", None), ("first-hitting", 100))
+SHOWN = ("held-out", "kmers")
+"""Figures of a report that are shown."""
+REFERENCES = ("shuffled", "real")
+
+
+def drawn(trained: Trained, data: Prepared, name: str, count: int) -> list[tuple[dict[str, Any], Evaluation]]:
+    """A row for each sampler, with its evaluation."""
+    lengths = draw(trained.lengths, count, seed=0)
+    found = []
+    for sampler, steps in SAMPLERS:
+        begun = time.perf_counter()
+        # One batch, so that its calls are those of one protein of each length.
+        made = generate(trained, lengths, sampler=sampler, steps=steps, tokens=sum(lengths) + 2 * count)
+        seconds = time.perf_counter() - begun
+        called = sampler if steps is None else f"{sampler} in {steps:,} steps"
+        held = evaluate(trained, data, model=name, samples=Samples(made.proteins, f"{called}, {made.calls:,} calls"))
+        row = {"sampler": called, "calls": made.calls, "seconds": round(seconds, 2), "proteins": count}
+        found.append((row | {"distance": distances(held.statistics[0])}, held))
+    return found
+
+
+def distances(of: Statistics) -> dict[str, float]:
+    return {str(k): round(of.kmer_distance[k], 4) for k in KMERS}
+
+
+def references(held: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {"reference": each.name, "distance": distances(each)} for each in held.statistics if each.name in REFERENCES
+    ]
+
+
+def training(run: Run) -> dict[str, Any]:
+    """What it took."""
+    lines = [line for line in run.metrics if "train/batch_time" in line]
+    steps = [0, *(line["step"] for line in lines)]
+    spans = [after - before for before, after in pairwise(steps)]
+    seconds = sum(line["train/batch_time"] * span for line, span in zip(lines, spans, strict=True))
+    return {"steps": steps[-1], "epochs": round(lines[-1]["train/epoch"], 1), "seconds": round(seconds)}
+
+
+def page(rows: list[dict[str, Any]], held: Evaluation, took: dict[str, Any], machine: str, figures_: list[str]) -> str:
+    ours = held.likelihood
+    error = "" if ours.standard_error is None else f" ± {ours.standard_error:.4f}"
+    baselines = [f"| {each.name} | {each.nats_per_residue:.4f} | {each.perplexity:.2f} |" for each in held.baselines]
+    samplers = [
+        f"| {row.get('sampler', row.get('reference'))} | {row.get('calls', '')} | "
+        + " | ".join(f"{row['distance'][str(k)]:.3f}" for k in KMERS) + " |"
+        for row in rows
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            "# A model of proteins, trained",
+            "",
+            "Made by `benchmarks/trained.py` of a run of `examples/proteins/small.yaml` on the 20,000 sequences of",
+            "mmseqs2-examples; whole families are held out.",
+            "",
+            f"- {held.parameters:,} weights; {took['steps']:,} steps, {took['epochs']} epochs,",
+            f"  {took['seconds']} seconds on {machine}.",
+            f"- Held out: {ours.sequences:,} of {ours.of_sequences:,} proteins, {ours.residues:,} residues.",
+            "",
+            "| | nats per residue | perplexity |",
+            "|---|---|---|",
+            *baselines,
+            f"| **the model, at most** | **{ours.nats_per_residue:.4f}**{error} | **{ours.perplexity:.2f}** |",
+            "",
+            f"![Held-out nats per residue over training]({figures_[0]})",
+            "",
+            "Its proteins beside real ones of the same lengths, by the Jensen-Shannon distance of their k-mers to",
+            "those of another half of the held-out proteins:",
+            "",
+            "| | calls of the network | " + " | ".join(f"{k}-mers" for k in KMERS) + " |",
+            "|---|---|" + "---|" * len(KMERS),
+            *samplers,
+            "",
+            f"![Distances of k-mers]({figures_[1]})",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--page", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
+    options = parser.parse_args()
+    trained, name = opened(options.run, best=True)
+    trained.model.to(precision.device(options.device))
+    found = drawn(trained, Prepared(options.data), name, options.count)
+    held = found[-1][1]
+    held.save(options.run / "evaluation.json")
+    run = Run.open(options.run)
+    took, machine = training(run), about()
+    rows = [row for row, _ in found] + references(held)
+    common = machine | ({"commit": options.commit} if options.commit else {})
+    told = {"likelihood": dataclasses.asdict(held.likelihood), **took, "parameters": held.parameters}
+    with options.rows.open("a") as file:
+        for row in [told, *rows]:
+            file.write(json.dumps({"group": "trained", "model": name, **row} | common) + "\n")
+    names = []
+    for figure in figures(run):
+        if figure.name in SHOWN:
+            names.append(f"{options.page.stem}-{figure.name}.png")
+            (options.page.parent / names[-1]).write_bytes(figure.png(LIGHT))
+    options.page.write_text(page(rows, held, took, machine["gpu"] or "CPU", names), encoding="utf-8")
+    print(options.page.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
