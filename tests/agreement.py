@@ -7,6 +7,7 @@ tests/masks judge; what masks add to scores is worked out here again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -96,8 +97,12 @@ def answered(attend: Attend, wanted: dict[str, Tensor], dtype: torch.dtype) -> A
 
 def _cotangent(end: Tensor, dtype: torch.dtype) -> Tensor:
     """The same numbers whatever dtype the answer comes in: they are rounded to the request's first."""
-    made = torch.randn(end.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return made.to(dtype).to(end.device, end.dtype)
+    return _pushes(end.shape).to(dtype).to(end.device, end.dtype)
+
+
+@functools.lru_cache
+def _pushes(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 # -- the formula ------------------------------------------------------------------------------------------------------

@@ -173,7 +173,9 @@ class Documents(Mask):
                 )
 
     def rule(self, frame: Frame) -> Rule:
-        q_doc, k_doc = self.queries.ids(frame.q_len, frame.device), self.keys.ids(frame.kv_len, frame.device)
+        q_doc = self.queries.ids(frame.q_len, frame.device)
+        # One tensor, also where nothing is remembered: that two are the same is what compiled code is guarded by.
+        k_doc = q_doc if self.one_packing and frame.q_len == frame.kv_len else self.keys.ids(frame.kv_len, frame.device)
         return lambda b, h, q, k: q_doc[q] == k_doc[k]
 
     def blocks(self, frame: Frame, tiles: Tiles) -> Blocks:

@@ -290,16 +290,22 @@ def test_a_compiled_model_reads_lengths_outside_of_its_graph() -> None:
     torch.testing.assert_close(got, model(tokens, sigma, lengths))
 
 
+def test_passes_are_not_recorded_where_attention_compiles_or_reads_lengths() -> None:
+    said = stirred().float().not_recordable([4, 3])
+    assert said is not None
+    assert said.startswith("in float32 by ")
+    assert "takes one of flash2, flash3, flash4, torch-varlen" in said
+
+
 @pytest.mark.usefixtures("afresh")
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("one_shape", [False, True])
+@pytest.mark.parametrize(("one_shape", "blocks"), [(False, 1), (True, 2)])
 def test_parts_that_are_compiled_compute_the_same_for_batches_of_any_shape(
     monkeypatch: pytest.MonkeyPatch, one_shape: bool, blocks: int
 ) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model, plain = stirred(blocks=blocks), stirred(blocks=blocks)
     model.compile_parts(one_shape=one_shape)
-    for lengths in ([5, 1, 9, 3], [5, 1, 9, 3], [6, 6, 6], [2, 8]):
+    for lengths in ([5, 1, 9, 3], [2, 8]):
         tokens, sigma = drawn(sum(lengths), len(lengths))
         outs = [each(tokens, sigma, torch.tensor(lengths)) for each in (model, plain)]
         torch.testing.assert_close(*outs)

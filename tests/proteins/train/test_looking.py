@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from proteins.families import prepared
 from proteins.train.runs import told, weights
 
@@ -84,6 +85,16 @@ def test_samples_of_a_run_are_of_its_averaged_weights_and_as_long_as_its_data(co
     seed = int(found[0].name.removeprefix("seed").partition("-")[0])
     model, _ = opened(tmp_path / "run")
     assert [each.sequence for each in found] == generate(model, lengths, seed=seed).proteins
+
+
+def test_samples_are_drawn_in_the_precision_of_training(
+    config: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    real = trainer.generate
+    monkeypatch.setattr(trainer, "generate", lambda *a, **k: (asked.append(k["dtype"]), real(*a, **k))[1])
+    train(config("run.precision=bfloat16", "run.steps=4"), tmp_path / "run")
+    assert asked == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("what", ["likelihood", "generate"])

@@ -26,6 +26,7 @@ from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.train.objective import Objective
 from headway_apps.proteins.train.replay import Replay
 from headway_apps.proteins.train.trainer import Trainer, TrainingError, train
+from headway_apps.training.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 Configs = Callable[..., Config]
@@ -138,11 +139,13 @@ def test_a_step_does_not_wait_for_the_gpu(
 
 def test_a_replayed_run_goes_on_as_if_it_had_not_stopped(config: Configs, longer: str, tmp_path: Path) -> None:
     """With the same dropout; not to the bit, as attention's backward pass adds in any order on a GPU."""
-    train(config(*GPU, longer, "every.log=1"), tmp_path / "whole")
-    train(config(*GPU, longer, "every.log=1", "run.steps=4"), tmp_path / "parts")
-    train(config(*GPU, longer, "every.log=1"), tmp_path / "parts", resume=True)
+    run = config(*GPU, longer, "every.log=1")
+    for name in ("whole", "parts"):
+        train(run, tmp_path / name)
+    Checkpoints(tmp_path / "parts" / "checkpoints").rewind(4)
+    train(run, tmp_path / "parts", resume=True)
     for name in ("train/loss", "train/grad_norm"):
-        assert told(tmp_path / "parts", name) == pytest.approx(told(tmp_path / "whole", name), rel=1e-3)
+        assert told(tmp_path / "parts", name) == pytest.approx(told(tmp_path / "whole", name), rel=5e-3)
 
 
 def test_a_replayed_run_learns_what_an_ordinary_one_does(config: Configs, longer: str, tmp_path: Path) -> None:
@@ -152,7 +155,7 @@ def test_a_replayed_run_learns_what_an_ordinary_one_does(config: Configs, longer
         assert told(tmp_path / "auto", name) == pytest.approx(told(tmp_path / "false", name), rel=2e-2)
 
 
-@pytest.mark.parametrize("asked", ["run.precision=float16", "run.checkpointing=true"])
+@pytest.mark.parametrize("asked", ["run.precision=float16", "run.precision=float32", "run.checkpointing=true"])
 def test_a_replay_that_cannot_be_is_refused_if_it_is_asked_for(
     config: Configs, longer: str, tmp_path: Path, asked: str
 ) -> None:

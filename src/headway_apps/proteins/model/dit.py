@@ -17,7 +17,7 @@ from headway import Documents, RequestError
 from headway_apps.proteins.diffusion.given import insist
 from headway_apps.proteins.diffusion.graphs import log_expm1
 from headway_apps.proteins.model.config import DiTConfig
-from headway_apps.proteins.model.packed import Packed, kernels_know
+from headway_apps.proteins.model.packed import Packed, not_recordable
 
 FREQUENCIES = 256
 """Of the noise level: half cosines, half sines."""
@@ -139,9 +139,9 @@ class DiT(nn.Module):
         """
         return Packed.of(lengths, self._queries(tokens.numel()))
 
-    def takes_documents(self, lengths: Sequence[int]) -> bool:
-        """Whether attention would run on a kernel that takes packed documents as they are, under this autocast."""
-        return kernels_know(Documents(lengths), self._queries(sum(lengths)))
+    def not_recordable(self, lengths: Sequence[int]) -> str | None:
+        """Why passes over batches such as of these lengths cannot be recorded, under this autocast."""
+        return not_recordable(Documents(lengths), self._queries(sum(lengths)))
 
     def _queries(self, tokens: int) -> Tensor:
         """Such as a block's, to ask about."""

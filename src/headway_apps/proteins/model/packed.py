@@ -95,6 +95,20 @@ def kernels_know(documents: Documents, like: Tensor) -> bool:
     return decision.chosen is not None and decision.chosen.masks.is_native(decision.request.mask)
 
 
+PACKED = frozenset({"flash2", "flash3", "flash4", "torch-varlen"})
+"""Kernels that read where documents begin from the device, at each call. Others compile for it, or read it first."""
+
+
+def not_recordable(documents: Documents, like: Tensor) -> str | None:
+    """Why attention over these tokens cannot be part of a CUDA graph that is used for other documents too."""
+    decision = headway.explain(like, like, like, documents)
+    if decision.chosen is not None and decision.chosen.name in PACKED:
+        return None
+    chosen = "no backend" if decision.chosen is None else decision.chosen.name
+    dtype = str(decision.request.dtype).removeprefix("torch.")
+    return f"in {dtype} by {chosen} ({decision.why}), takes one of {', '.join(sorted(PACKED))}"
+
+
 class _Spread(torch.autograd.Function):
     """values[document], whose gradient is one product with the documents' indicator.
 

@@ -33,6 +33,8 @@ class Replay:
         self._tokens, self._longest = tokens, longest
         self._documents = _rounded(1.5 * tokens / mean)  # few batches hold more, and each room is recorded anew
         self._recorded: dict[int, _Recorded] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        """Of memory, for all rooms: one is in use at a time."""
 
     def backward(self, batch: Noised, lengths: Tensor, share: Tensor) -> Tensor:
         """The batch's nats; `share` times their gradient is added to the weights'. Lengths are on the host."""
@@ -73,7 +75,7 @@ class _Recorded:
                     of.pass_of(fixed, self.share)
             torch.cuda.current_stream(device).wait_stream(aside)
             # The thread that reads batches ahead pins memory meanwhile, which a recording of all threads would forbid.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, of.pool, capture_error_mode="thread_local"):
                 self.nats = of.pass_of(fixed, self.share)
         of.gradients.flat.copy_(kept)
 

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    gather_object,
+)
 from torch import Tensor
 
 from headway import HeadwayError
@@ -95,7 +100,9 @@ class Trainer:
         begun = self._begun(resume)
         self.batches = self._stream()
         self._make_model(begun)
-        self.told(f"on {self.device}, {precision.chosen(self.device, config.run.precision).why}")
+        chosen = precision.chosen(self.device, config.run.precision)
+        self.dtype = chosen.dtype
+        self.told(f"on {self.device}, {chosen.why}")
         self.average = None if config.optim.average is None else Average(self.bare, config.optim.average)
         self.trained = Trained(self.bare, symbols, graph, self.objective.schedule, _histogram(self.part))
         self.step = self.updates = 0
@@ -137,16 +144,21 @@ class Trainer:
         network.checkpointing = run.checkpointing
         if begun is not None:
             network.load_state_dict(begun.tensors("model"))
-        network.to(self.device).train()
+        if not run.shard:  # a sharded one is moved part by part
+            network.to(self.device)
+        network.train()
         optimizer = torch.optim.AdamW(
             network.parameters(), optim.lr, betas=(optim.betas[0], optim.betas[1]), weight_decay=optim.weight_decay,
             fused=self.device.type == "cuda",
         )  # fmt: skip
         self.replay: Replay | None = None
-        tokens, lengths = self.config.batch.tokens, self.part.lengths() + BOUNDARIES
-        if self._replays(network, [int(lengths.max())] * (tokens // int(lengths.max()))):
+        lengths = self.part.lengths() + BOUNDARIES
+        longest, tokens = int(lengths.max()), min(self.config.batch.tokens, int(lengths.sum()))
+        if self._replays(network, [longest] * (tokens // longest)):
+            for each in network.state_dict().values() if self.ranks > 1 else ():
+                torch.distributed.broadcast(each, 0)  # as DistributedDataParallel does
             self.replay = Replay(
-                network, self.objective, self.accelerator.autocast, tokens=tokens, longest=int(lengths.max()),
+                network, self.objective, self.accelerator.autocast, tokens=tokens, longest=longest,
                 mean=float(lengths.mean()),
             )  # fmt: skip
             self.model, self.optimizer = network, self.accelerator.prepare(optimizer)
@@ -160,20 +172,26 @@ class Trainer:
     def _replays(self, network: DiT, lengths: list[int]) -> bool:
         """Whether passes of batches such as of these lengths are recorded, as the config asks or by itself."""
         run = self.config.run
-        with self.accelerator.autocast():
-            obstacle = (
-                f"on {self.device}, takes a GPU of CUDA" if self.device.type != "cuda"
-                else "with run.shard, takes weights that stay in one place" if run.shard
-                else "with run.checkpointing, takes activations that are kept" if run.checkpointing
-                else "in float16, takes a precision without a scaler, which reads what it finds"
-                if self.accelerator.scaler is not None
-                else f"on {self.device}, takes a GPU that has a kernel for packed sequences"
-                if not network.takes_documents(lengths)
-                else None
-            )  # fmt: skip
+        obstacle = self._obstacle(network, lengths)
+        obstacles = gather_object([obstacle]) if self.ranks > 1 else [obstacle]
+        obstacle = next(filter(None, obstacles), None)  # one for all processes, or they would wait for each other
         if run.replay is True and obstacle:
             raise TrainingError(f"got run.replay=true {obstacle}; leave run.replay at auto")
         return run.replay is not False and obstacle is None
+
+    def _obstacle(self, network: DiT, lengths: list[int]) -> str | None:
+        """Why passes cannot be recorded here."""
+        if self.device.type != "cuda":
+            return f"on {self.device}, takes a GPU of CUDA"
+        kind = self.accelerator.distributed_type
+        if self.config.run.shard or kind not in (DistributedType.NO, DistributedType.MULTI_GPU):
+            return f"under {kind.value}, takes whole weights that stay in one place"
+        if self.config.run.checkpointing:
+            return "with run.checkpointing, takes activations that are kept"
+        if self.accelerator.scaler is not None:
+            return "in float16, takes a precision without a scaler, which reads what it finds"
+        with self.accelerator.autocast():
+            return network.not_recordable(lengths)
 
     def _begun(self, resume: bool) -> Checkpoint | None:
         found = self.checkpoints.latest()
@@ -298,7 +316,7 @@ class Trainer:
             raise TrainingError(
                 f"out of memory at step {self.step} with a batch of {batch.tokens.numel():,} tokens, the longest"
                 f" sequence {int(lengths.max()):,}: lower batch.tokens and raise batch.per_step, or set"
-                f" run.checkpointing ({str(error).splitlines()[0]})"
+                f" run.checkpointing{' or run.replay=false' if self.replay else ''} ({str(error).splitlines()[0]})"
             ) from error
         return nats.detach()
 
@@ -371,7 +389,7 @@ class Trainer:
         with self._looking() as trained:
             seed = seed_of(self.config.run.seed, self.step, "samples")
             lengths = draw(trained.lengths, self.config.look.samples, seed)
-            found = generate(trained, lengths, seed=seed).proteins
+            found = generate(trained, lengths, seed=seed, dtype=self.dtype).proteins
         if self.tracker is not None:
             folder = self.run / "samples"
             folder.mkdir(exist_ok=True)
