@@ -787,24 +787,23 @@ def test_a_swapped_model_is_copied_saved_and_undone():
 _LOADS = """
 import sys, warnings, torch
 warnings.simplefilter("ignore")
-model, ids, want = torch.load(sys.argv[1], weights_only=False)
-torch.testing.assert_close(model(ids)[0], want, atol=1e-5, rtol=1e-5)
-from headway.sites.site import site_of
-assert all(site.ticket.runs for site in map(site_of, model.modules()) if site is not None)
-assert any(map(site_of, model.modules()))
+for path in sys.argv[1:]:
+    model, ids, want = torch.load(path, weights_only=False)
+    torch.testing.assert_close(model(ids)[0], want, atol=1e-5, rtol=1e-5)
+    from headway.sites.site import site_of
+    assert all(site.ticket.runs for site in map(site_of, model.modules()) if site is not None)
+    assert any(map(site_of, model.modules()))
 """
 
 
-@pytest.mark.parametrize("make", [tf.BertModel, tf.LlamaModel])
-def test_a_swapped_model_runs_in_a_process_that_never_swapped(make, tmp_path):
-    config = {tf.BertModel: tf.BertConfig(**BASE), tf.LlamaModel: tf.LlamaConfig(**GQA)}[make]
-    model = make(config).eval()
-    headway.swap(model, ids(2, 9))
-    with torch.no_grad():
-        torch.save((model, ids(2, 9), model(ids(2, 9))[0]), tmp_path / "model.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", _LOADS, tmp_path / "model.pt"], capture_output=True, text=True, check=False
-    )
+def test_swapped_models_run_in_a_process_that_never_swapped(tmp_path):
+    models = tf.BertModel(tf.BertConfig(**BASE)), tf.LlamaModel(tf.LlamaConfig(**GQA))
+    paths = [tmp_path / f"{at}.pt" for at in range(len(models))]
+    for model, path in zip(models, paths, strict=True):
+        headway.swap(model.eval(), ids(2, 9))
+        with torch.no_grad():
+            torch.save((model, ids(2, 9), model(ids(2, 9))[0]), path)
+    done = subprocess.run([sys.executable, "-c", _LOADS, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
