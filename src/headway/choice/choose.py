@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
 
 from headway.backends.registry import Backend, candidates, named
 from headway.choice.quarantine import quarantined
@@ -36,10 +38,20 @@ class Decision:
     """'auto', or the backend asked for by name."""
     chosen: Backend | None
     why: str
-    accepted: tuple[str, ...]
-    """Backends that take the request, best first."""
-    refusals: tuple[tuple[str, tuple[Refusal, ...]], ...]
-    """Every backend that is not accepted, with all that it has against the request."""
+
+    @functools.cached_property
+    def accepted(self) -> tuple[str, ...]:
+        """Backends that take the request, best first."""
+        return tuple(one.name for one in _takers(self.request, self.machine, self.asked)[0])
+
+    @functools.cached_property
+    def refusals(self) -> tuple[tuple[str, tuple[Refusal, ...]], ...]:
+        """Every backend that is not accepted, with all that it has against the request."""
+        every = (
+            (one.name, why_not(one, self.request, self.machine, by_name=one.name == self.asked))
+            for one in candidates(self.machine.device)
+        )
+        return tuple(pair for pair in every if pair[1])
 
     def __str__(self) -> str:
         head = f"{self.chosen.name}: {self.why}" if self.chosen else f"no backend: {self.why}"
@@ -65,27 +77,28 @@ class Decision:
 
 def choose(request: Request, machine: Machine, backend: str = "auto") -> Decision:
     """Decide by name, or for the fastest exact backend that takes the request."""
-    accepted: list[Backend] = []
-    refused: list[tuple[str, tuple[Refusal, ...]]] = []
-    for one in candidates(machine.device):
-        refusals = why_not(one, request, machine, by_name=one.name == backend)
-        if refusals:
-            refused.append((one.name, refusals))
-        else:
-            accepted.append(one)
-    times = measured(request, machine)
-    accepted.sort(
-        key=lambda one: (times.get(one.name, UNMEASURED), _wasteful(one, request, machine), _tier(one, machine))
-    )
-    names = tuple(one.name for one in accepted)
     if backend == "auto":
-        chosen = accepted[0] if accepted else None
+        takers, times = _takers(request, machine, backend)
+        chosen = takers[0] if takers else None
         why = _why(chosen, request, machine, times) if chosen else "every one refuses"
     else:
         asked = named(backend, machine.device)
-        chosen = asked if asked.name in names else None
+        chosen = asked if takes(asked, request, machine, by_name=True) else None
         why = "asked for by name" if chosen else f"{backend} was asked for by name and does not take it"
-    return Decision(request, machine, backend, chosen, why, names, tuple(refused))
+    return Decision(request, machine, backend, chosen, why)
+
+
+def _takers(request: Request, machine: Machine, backend: str) -> tuple[list[Backend], dict[str, Time]]:
+    """Backends that take the request, best first, and what was measured of them."""
+    takers = [
+        one for one in candidates(machine.device)
+        if takes(one, request, machine, by_name=one.name == backend)
+    ]  # fmt: skip
+    times = measured(request, machine)
+    takers.sort(
+        key=lambda one: (times.get(one.name, UNMEASURED), _wasteful(one, request, machine), _tier(one, machine))
+    )
+    return takers, times
 
 
 _APPROXIMATE = Refusal(
@@ -95,11 +108,21 @@ _APPROXIMATE = Refusal(
 
 def why_not(backend: Backend, request: Request, machine: Machine, by_name: bool = True) -> tuple[Refusal, ...]:
     """All of a backend's refusals."""
-    found = [refusal for limit in backend.all_limits for refusal in limit.refusals(request, machine)]
-    found += [refusal for entry in quarantined(backend.name) for refusal in entry.refusals(request, machine)]
+    return tuple(_against(backend, request, machine, by_name))
+
+
+def takes(backend: Backend, request: Request, machine: Machine, by_name: bool) -> bool:
+    """Whether there is no refusal: one is enough to know."""
+    return next(_against(backend, request, machine, by_name), None) is None
+
+
+def _against(backend: Backend, request: Request, machine: Machine, by_name: bool) -> Iterator[Refusal]:
+    for limit in backend.all_limits:
+        yield from limit.refusals(request, machine)
+    for entry in quarantined(backend.name):
+        yield from entry.refusals(request, machine)
     if not (backend.exact or by_name):
-        found.append(_APPROXIMATE)
-    return tuple(found)
+        yield _APPROXIMATE
 
 
 def _wasteful(backend: Backend, request: Request, machine: Machine) -> bool:
