@@ -48,7 +48,7 @@ def test_lengths_are_those_of_the_training_data_unless_asked_otherwise(model: Pa
     assert done.stderr == ""
     assert done.stdout == (
         f"written: {model.parent / 'new.fasta'}, 100 proteins of {residues:,} residues by first-hitting in 24 calls of "
-        "the network, with seed 0, in float32 on cpu\n"
+        "model, with seed 0, in float32 on cpu\n"
     )
 
 
@@ -67,7 +67,7 @@ def test_templates_of_the_command_line_and_of_a_file_are_filled_in(model: Path, 
     assert [each.sequence.startswith("MKT") and len(each.sequence) == 6 for each in found] == [True, True, False, False]
     assert [each.sequence.endswith("WW") and len(each.sequence) == 7 for each in found] == [False, False, True, True]
     assert [each.name for each in found] == ["seed7-1", "seed7-2", "seed7-3", "seed7-4"]
-    assert found[0].description == "length=6 sampler=first-hitting"
+    assert found[0].description == "length=6 sampler=first-hitting template=MKT_3"
     assert found[3].description == "length=7 sampler=first-hitting template=tail"
 
 

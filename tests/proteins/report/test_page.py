@@ -137,7 +137,7 @@ def test_everything_is_escaped(whole: Path) -> None:
 
 
 def test_what_is_absent_is_named_and_not_drawn(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     out = write_report(tmp_path / "empty", tmp_path / "it.html")
     reader = Reader(out.read_text())
     assert "img" not in [tag for tag, _ in reader.tags]

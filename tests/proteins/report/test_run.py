@@ -42,7 +42,10 @@ def test_what_is_lost_is_named_and_the_rest_is_there(whole: Path, lost: str, nam
     assert Run.open(whole).absent.keys() == names
 
 
-def test_an_empty_folder_lacks_all(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_refused_and_one_that_has_just_begun_lacks_the_rest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no run's folder: it has no config.yaml"):
+        Run.open(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     found = Run.open(tmp_path)
     assert found.absent.keys() == {"config", "metrics", "evaluation", "checkpoints", "data", "samples"}
 

@@ -159,7 +159,20 @@ def test_another_run_is_not_gone_on_with(config: Configs, tmp_path: Path, change
 
 def test_a_finished_run_can_be_made_longer(config: Configs, tmp_path: Path) -> None:
     train(config("run.steps=4"), tmp_path / "run")
-    assert train(config("run.steps=6"), tmp_path / "run", resume=True).step == 6
+    words: list[str] = []
+    assert train(config("run.steps=6"), tmp_path / "run", resume=True, told=words.append).step == 6
+    assert any("run.steps was 4, is 6: from here the learning rate falls to that step" in each for each in words)
+
+
+def test_a_run_that_has_ended_is_left_as_it_is(config: Configs, tmp_path: Path) -> None:
+    train(config("optim.warmup=1", "run.steps=4"), tmp_path / "run")
+    kept = {each: each.read_bytes() for each in (tmp_path / "run").rglob("*") if each.is_file()}
+    words: list[str] = []
+    assert train(config("optim.warmup=1", "run.steps=4"), tmp_path / "run", resume=True, told=words.append).step == 4
+    assert any("nothing is left to do" in each for each in words)
+    with pytest.raises(TrainingError, match=r"got run.steps=3 .* which is at step 4, takes no fewer"):
+        train(config("optim.warmup=1", "run.steps=3"), tmp_path / "run", resume=True)
+    assert {each: each.read_bytes() for each in (tmp_path / "run").rglob("*") if each.is_file()} == kept
 
 
 @pytest.mark.parametrize("change", ["run.device=cuda:9", "run.precision=float16", "run.device=tpu"])

@@ -63,8 +63,8 @@ def command(
     files.check(out, force=force)
     where = precisions.device(device)
     dtype = precisions.chosen(where, precision).dtype
-    given = [Template.parse(each) for each in template or ()] + (read(templates) if templates else [])
-    trained, _ = opened(model, best=best)
+    given = [Template.parse(each, name=each) for each in template or ()] + (read(templates) if templates else [])
+    trained, called = opened(model, best=best)
     wanted = _wanted(trained, given, length, count, seed)
     trained.model.to(where)
     with told() as progress:
@@ -76,7 +76,7 @@ def command(
     files.save(out, made.proteins, seed=seed, sampler=named, templates=names, force=force)
     typer.echo(
         f"written: {out}, {len(made.proteins):,} proteins of {sum(map(len, made.proteins)):,} residues by {named} in "
-        f"{made.calls:,} calls of the network, with seed {seed}, in {str(dtype).removeprefix('torch.')} on {where}"
+        f"{made.calls:,} calls of {called}, with seed {seed}, in {str(dtype).removeprefix('torch.')} on {where}"
     )
 
 

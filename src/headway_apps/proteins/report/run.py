@@ -50,6 +50,11 @@ class Run:
     def open(cls, folder: Path) -> Run:
         if not folder.is_dir():
             raise DataError(f"got {folder}, which is no folder, takes that of a run")
+        if not any((folder / name).exists() for name in (CONFIG, trackers.FILE, EVALUATION, "checkpoints")):
+            raise DataError(
+                f"got {folder}, which is no run's folder: it has no {CONFIG}, {trackers.FILE}, {EVALUATION} and no"
+                " checkpoints"
+            )
         absent: dict[str, str] = {}
         config = _config(folder, absent)
         evaluation = _evaluation(folder, absent)

@@ -16,9 +16,9 @@ FIGURES = "figures"
 
 def write_report(run: Path, out: Path) -> Path:
     """One HTML page that needs no other file, and the light figures of it as PNG in the folder `figures` beside it."""
+    held = Run.open(run)
     if not out.absolute().parent.is_dir():
         raise DataError(f"got {out}, takes a file in a folder that is there; make {out.absolute().parent}")
-    held = Run.open(run)
     drawn = [Drawn(each, each.png(LIGHT), each.png(DARK)) for each in figures(held)]
     text = page(held, drawn)
     for each in drawn:

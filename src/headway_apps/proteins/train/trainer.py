@@ -211,7 +211,16 @@ class Trainer:
         if differ := [key for key in now if now[key] != was.get(key) and not key.startswith(MAY_CHANGE)]:
             told = "; ".join(f"{key} was {was.get(key)!r}, is {now[key]!r}" for key in differ)
             raise TrainingError(f"got another config than {self.run} was begun with ({told}); begin a new run with it")
+        if found.step > self.config.run.steps:
+            raise TrainingError(
+                f"got run.steps={self.config.run.steps} for {self.run}, which is at step {found.step}, takes no fewer"
+            )
         self.told(f"going on after step {found.step}")
+        if was["run.steps"] != now["run.steps"]:
+            self.told(
+                f"run.steps was {was['run.steps']}, is {now['run.steps']}: from here the learning rate falls to that"
+                " step, and this is another run than one that was begun so"
+            )
         return found
 
     def _restore(self, begun: Checkpoint) -> None:
@@ -236,6 +245,9 @@ class Trainer:
     def steps(self) -> Outcome:
         """To the last step of the config."""
         loss = math.nan
+        if self.step == self.config.run.steps:
+            self.told(f"step {self.step} is the last of run.steps: nothing is left to do")
+            return Outcome(self.step, loss, self.best, self.run)
         while self.step < self.config.run.steps:
             self._one()
             if self._due(self.config.every.log):
