@@ -19,11 +19,7 @@ if TYPE_CHECKING:
     from headway_apps.proteins.trained import Trained
 
 Drawn = FirstHitting | Stepped
-SAMPLERS: dict[str, type[Drawn]] = {
-    "first-hitting": FirstHitting,
-    "euler": Euler,
-    "analytic": Analytic,
-}
+SAMPLERS: dict[str, type[Drawn]] = {"first-hitting": FirstHitting, "euler": Euler, "analytic": Analytic}
 TOKENS = 16_384
 """In one call of the network, if not asked otherwise; a longer protein is alone in its call."""
 

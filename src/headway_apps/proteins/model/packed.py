@@ -51,7 +51,7 @@ class Packed:
         positions = torch.arange(total) - starts[document]
         documents = Documents(counts)
         as_rows = len(counts) * longest**2
-        if as_rows > total**2 or kernels_know(documents, like):
+        if as_rows > total**2 or _kernels_know(documents, like):
             mask, places = cast(Mask, documents), None
         else:
             mask, places = Padding(host), (document * longest + positions).to(device, non_blocking=True)
@@ -89,7 +89,7 @@ def _counts(lengths: Tensor, total: int) -> list[int]:
     return counts
 
 
-def kernels_know(documents: Documents, like: Tensor) -> bool:
+def _kernels_know(documents: Documents, like: Tensor) -> bool:
     """Whether attention over these tokens would run on a kernel that takes documents as they are."""
     decision = headway.explain(like, like, like, documents)
     return decision.chosen is not None and decision.chosen.masks.is_native(decision.request.mask)

@@ -316,8 +316,8 @@ class Trainer:
 
     def _backward(self, batch: Batch, number: int, share: Tensor) -> Tensor:
         lengths = batch.lengths
-        noised = self.objective.noised(batch.to(self.device, non_blocking=True), self.step, number)
         try:
+            noised = self.objective.noised(batch.to(self.device, non_blocking=True), self.step, number)
             if self.replay is not None:
                 return self.replay.backward(noised, lengths, share)
             with self.accelerator.autocast():
@@ -363,10 +363,8 @@ class Trainer:
     @contextlib.contextmanager
     def _looking(self) -> Iterator[Trained]:
         """With the averaged weights, in the precision of training."""
-        with contextlib.ExitStack() as stack:
-            if self.average is not None:
-                stack.enter_context(self.average.applied(self.bare))
-            stack.enter_context(self.accelerator.autocast())
+        averaged = contextlib.nullcontext() if self.average is None else self.average.applied(self.bare)
+        with averaged, self.accelerator.autocast():
             yield self.trained
 
     def _evaluate(self) -> None:
