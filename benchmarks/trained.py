@@ -22,7 +22,8 @@ from attention import about
 from headway_apps.proteins.cli.opened import opened
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate
-from headway_apps.proteins.evaluate.statistics import KMERS, Statistics
+from headway_apps.proteins.evaluate.references import references
+from headway_apps.proteins.evaluate.statistics import KMERS, Statistics, statistics
 from headway_apps.proteins.generate.lengths import draw
 from headway_apps.proteins.generate.sample import generate
 from headway_apps.proteins.report.figures import LIGHT, figures
@@ -36,9 +37,10 @@ SHOWN = ("held-out", "kmers")
 REFERENCES = ("shuffled", "real")
 
 
-def drawn(trained: Trained, data: Prepared, name: str, count: int) -> list[tuple[dict[str, Any], Evaluation]]:
-    """A row for each sampler, with its evaluation."""
+def drawn(trained: Trained, data: Prepared, count: int) -> tuple[list[dict[str, Any]], Samples]:
+    """A row for each sampler, and what the last one drew."""
     lengths = draw(trained.lengths, count, seed=0)
+    compared_with = references([each.sequence for each in data["held_out"]], lengths).compared_with
     found = []
     for sampler, steps in SAMPLERS:
         begun = time.perf_counter()
@@ -46,17 +48,18 @@ def drawn(trained: Trained, data: Prepared, name: str, count: int) -> list[tuple
         made = generate(trained, lengths, sampler=sampler, steps=steps, tokens=sum(lengths) + 2 * count)
         seconds = time.perf_counter() - begun
         called = sampler if steps is None else f"{sampler} in {steps:,} steps"
-        held = evaluate(trained, data, model=name, samples=Samples(made.proteins, f"{called}, {made.calls:,} calls"))
         row = {"sampler": called, "calls": made.calls, "seconds": round(seconds, 2), "proteins": count}
-        found.append((row | {"distance": distances(held.statistics[0])}, held))
-    return found
+        found.append(row | {"distance": distances(statistics(called, made.proteins, compared_with))})
+        print(json.dumps(found[-1]), flush=True)
+    return found, Samples(made.proteins, f"{called}, {made.calls:,} calls")
 
 
 def distances(of: Statistics) -> dict[str, float]:
     return {str(k): round(of.kmer_distance[k], 4) for k in KMERS}
 
 
-def references(held: Evaluation) -> list[dict[str, Any]]:
+def beside(held: Evaluation) -> list[dict[str, Any]]:
+    """Rows of proteins that no model made."""
     return [
         {"reference": each.name, "distance": distances(each)} for each in held.statistics if each.name in REFERENCES
     ]
@@ -123,12 +126,13 @@ def main() -> None:
     options = parser.parse_args()
     trained, name = opened(options.run, best=True)
     trained.model.to(precision.device(options.device))
-    found = drawn(trained, Prepared(options.data), name, options.count)
-    held = found[-1][1]
+    data = Prepared(options.data)
+    found, samples = drawn(trained, data, options.count)
+    held = evaluate(trained, data, model=name, samples=samples)
     held.save(options.run / "evaluation.json")
     run = Run.open(options.run)
     took, machine = training(run), about()
-    rows = [row for row, _ in found] + references(held)
+    rows = found + beside(held)
     common = machine | ({"commit": options.commit} if options.commit else {})
     told = {"likelihood": dataclasses.asdict(held.likelihood), **took, "parameters": held.parameters}
     with options.rows.open("a") as file:

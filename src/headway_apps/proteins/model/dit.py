@@ -205,19 +205,19 @@ class Block(nn.Module):
     def before(
         self, x: Tensor, modulation: Tensor, turns: Turns, packed: Packed | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention takes, (B, heads, L, size) each."""
+        """Queries, keys and values, (B, L, heads, size) each as they lie in memory: `attended` turns them, as compiled
+        code wants gradients of what it gives to lie in order, and copies those that do not."""
         shift, scale = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[:2])
         x = modulated(self.attention_norm(x), scale, shift).to(x.dtype)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, heads, size)
         if torch.compiler.is_compiling():
             v = v.clone()  # its gradient is taken as it comes if it is no view: one copy less
-        q, k, v = (each.transpose(1, 2) for each in (turned(q, turns), turned(k, turns), v))
-        return q, k, v
+        return turned(q, turns), turned(k, turns), v
 
     def after(self, x: Tensor, heads: Tensor, modulation: Tensor, packed: Packed | None) -> Tensor:
         """All that comes of what attention gives."""
         gate, shift, scale, gate2 = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[2:])
-        x = self._add(x, gate, self.out(heads.transpose(1, 2).flatten(2)))
+        x = self._add(x, gate, self.out(heads.flatten(2)))
         return self._add(x, gate2, self._mlp(modulated(self.mlp_norm(x), scale, shift).to(x.dtype)))
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -288,7 +288,10 @@ def at_tokens(values: Tensor, packed: Packed | None) -> Tensor:
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None) -> Tensor:
-    return headway.attention(q, k, v) if packed is None else packed.attend(q, k, v)
+    """(B, L, heads, size), as it takes them."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    heads = headway.attention(q, k, v) if packed is None else packed.attend(q, k, v)
+    return heads.transpose(1, 2)
 
 
 def between(
