@@ -40,12 +40,13 @@ REFERENCES = ("shuffled", "real")
 def drawn(trained: Trained, data: Prepared, count: int) -> tuple[list[dict[str, Any]], Samples]:
     """A row for each sampler, and what the last one drew."""
     lengths = draw(trained.lengths, count, seed=0)
+    dtype = precision.chosen(trained.model.device).dtype
     compared_with = references([each.sequence for each in data["held_out"]], lengths).compared_with
     found = []
     for sampler, steps in SAMPLERS:
         begun = time.perf_counter()
         # One batch, so that its calls are those of one protein of each length.
-        made = generate(trained, lengths, sampler=sampler, steps=steps, tokens=sum(lengths) + 2 * count)
+        made = generate(trained, lengths, sampler=sampler, steps=steps, tokens=sum(lengths) + 2 * count, dtype=dtype)
         seconds = time.perf_counter() - begun
         called = sampler if steps is None else f"{sampler} in {steps:,} steps"
         row = {"sampler": called, "calls": made.calls, "seconds": round(seconds, 2), "proteins": count}
