@@ -34,14 +34,15 @@ from headway_apps.training import precision
 SAMPLERS: tuple[tuple[str, int | None], ...] = (("euler", 1000), ("first-hitting", None), ("first-hitting", 100))
 SHOWN = ("held-out", "kmers")
 """Figures of a report that are shown."""
-REFERENCES = ("shuffled", "real")
+REFERENCES = ("shuffled", "training", "real")
 
 
 def drawn(trained: Trained, data: Prepared, count: int) -> tuple[list[dict[str, Any]], Samples]:
     """A row for each sampler, and what the last one drew."""
     lengths = draw(trained.lengths, count, seed=0)
     dtype = precision.chosen(trained.model.device).dtype
-    compared_with = references([each.sequence for each in data["held_out"]], lengths).compared_with
+    held_out, train = ([each.sequence for each in data[part]] for part in ("held_out", "train"))
+    compared_with = references(held_out, train, lengths).compared_with
     found = []
     for sampler, steps in SAMPLERS:
         begun = time.perf_counter()
@@ -125,11 +126,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
     options = parser.parse_args()
-    trained, name = opened(options.run, best=True)
+    trained, name, trained_on = opened(options.run, best=True)
     trained.model.to(precision.device(options.device))
     data = Prepared(options.data)
     found, samples = drawn(trained, data, options.count)
-    held = evaluate(trained, data, model=name, samples=samples)
+    held = evaluate(trained, data, model=name, trained_on=trained_on, samples=samples)
     held.save(options.run / "evaluation.json")
     run = Run.open(options.run)
     took, machine = training(run), about()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from headway_apps.proteins.alphabet import ESM
+from headway_apps.proteins.cli import app
 from headway_apps.proteins.config import Config, ConfigError, parameters, parse, read
 from headway_apps.proteins.diffusion.curriculum import LessNoise, Steady
 from headway_apps.proteins.diffusion.graphs import Absorbing, Uniform
@@ -127,3 +129,24 @@ def test_a_file(tmp_path: Path) -> None:
     assert isinstance(read(tmp_path / "run.yaml"), Config)
     with pytest.raises(ConfigError, match=r"other.yaml: No such file"):
         read(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("run.steps=many", "--set run.steps=many: run.steps: Input should be a valid integer"),
+        ("run={steps: many}", "--set run={steps: many}: run.steps: Input should be a valid integer"),
+        ("model.preset=huge", "the config, line 3, --set model.preset=huge: model: got preset 'huge'"),
+    ],
+)
+def test_a_change_is_blamed_and_not_the_line_that_it_replaced(change: str, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(SMALL, [change])
+    assert str(raised.value).startswith(says)
+
+
+def test_a_preset_is_shown_with_what_it_stands_for(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(SMALL.replace("width: 32, blocks: 1, heads: 2, cond: 8", "preset: seed-66m"))
+    done = CliRunner().invoke(app, ["show", str(tmp_path / "x.yaml")])
+    assert done.stdout.startswith("# 66,717,952 parameters: width 768, blocks 8, heads 12, cond 256,")
+    assert "gelu erf" in done.stdout.splitlines()[0]

@@ -267,7 +267,7 @@ def test_a_damaged_one_is_refused_by_name_with_the_step_to_go_back_to(
 ) -> None:
     harm(kept.folder / "step-000000003" / name)
     (kept.folder / "step-000000002" / "average.safetensors").write_bytes(b"")
-    names = "step-000000003, which is damaged: .*" + says + ".*; step 1 before it is whole: go back to that"
+    names = "step-000000003, which is damaged: .*" + says + ".*; step 1 before it is whole: delete this one"
     with pytest.raises(CheckpointError, match=names):
         kept.latest().tensors("model")  # type: ignore[union-attr]
     assert same(kept.at(1).tensors("model"), tensors(1))

@@ -20,6 +20,9 @@ from headway_apps.proteins.model.config import DiTConfig
 from headway_apps.proteins.model.presets import PRESETS, preset
 from headway_apps.proteins.trained import SCHEDULES
 
+FILE = "config.yaml"
+"""In a run's folder, with all defaults."""
+
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -264,7 +267,8 @@ def parse(text: str, changes: Sequence[str] = (), name: str = "the config") -> C
     lines = dict(_lines(node))
     for change in changes:
         _change(held, change)
-        lines[tuple(change.split("=", 1)[0].split("."))] = f"--set {change}"
+        at = tuple(change.split("=", 1)[0].split("."))
+        lines = {key: line for key, line in lines.items() if key[: len(at)] != at} | {at: f"--set {change}"}
     try:
         return Config.model_validate(held)
     except ValidationError as error:
@@ -301,6 +305,9 @@ def _told(error: Any, lines: dict[tuple[str, ...], str], name: str) -> str:
     loc = tuple(str(each) for each in error["loc"])
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), "")
     where = f"{name}, {line}" if line and not line.startswith("--set") else line or name
+    # What a section as a whole is wrong in may come from a change to a part of it.
+    inside = [line for at, line in lines.items() if line.startswith("--set") and at[: len(loc)] == loc and at != loc]
+    where = ", ".join((where, *inside))
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         known = _section(loc[:-1])

@@ -220,7 +220,7 @@ def _remedy(folder: Path) -> str:
     there = Checkpoints(folder.parent)
     for earlier in reversed(there.steps()):
         if earlier < _step(folder) and _is_whole(there._path(earlier)):
-            return f"step {earlier} before it is whole: go back to that, or copy this one again"
+            return f"step {earlier} before it is whole: delete this one to go on from there, or copy it again"
     return "no step before it is whole: copy it again, or begin anew in another folder"
 
 

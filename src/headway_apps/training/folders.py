@@ -1,4 +1,4 @@
-"""A folder that appears under its name once it is whole and on the disk, or not at all."""
+"""A folder or a file that appears under its name once it is whole and on the disk, or not at all."""
 
 from __future__ import annotations
 
@@ -40,8 +40,19 @@ def hidden(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
 
 
+def replace(path: Path, text: str) -> None:
+    """A file all at once: nobody sees half of it, and a process that is killed meanwhile leaves the old one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def unfinished(parent: Path) -> list[Path]:
-    """What killed processes left of folders that were appearing or vanishing here."""
+    """What killed processes left of what was appearing or vanishing here."""
     return sorted(parent.glob(".*.partial"))
 
 

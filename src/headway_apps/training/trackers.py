@@ -11,12 +11,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from headway import RequestError, UnknownNameError
+from headway_apps.training import folders
 from headway_apps.training.errors import TrackerError
 
 FILE = "metrics.jsonl"
@@ -77,7 +78,7 @@ class JsonLines:
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any], after: int) -> None:
         path = folder / FILE
         kept = [line for line in read(path) if line["step"] <= after] if after and path.exists() else []
-        _replace(path, kept)
+        folders.replace(path, "".join(map(_line, kept)))
         self._began = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
         self._file = path.open("a", encoding="utf-8")
 
@@ -102,16 +103,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             raise TrackerError(f"got line {number} of {path}, which is damaged ({error}); mend or delete it") from error
     return lines
-
-
-def _replace(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """The whole file at once: a process that is killed meanwhile leaves the old one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, lines))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _line(told: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ def test_nothing_stands_in_for_a_file_that_is_missing_or_broken(fasta: Path, tmp
         (["--ambiguous", 1.5], "share of 1.5"),
         (["--held-out", 0], "a number between 0 and 1"),
         (["--held-out", 1], "a number between 0 and 1"),
-        (["--by", "uniref50"], "give by='kmers'"),
+        (["--by", "uniref50"], "find them by kmers"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(fasta: Path, tmp_path: Path, options: list[object], said: str) -> None:

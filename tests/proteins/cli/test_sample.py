@@ -158,3 +158,10 @@ def test_it_runs_from_any_folder_and_asks_nothing(model: Path, tmp_path: Path) -
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list(fasta.read(tmp_path / "elsewhere" / "new.fasta"))) == 2
+
+
+def test_lengths_beyond_those_of_the_training_data_are_told(model: Path) -> None:
+    known = max(tiny.LENGTHS)
+    assert sample(model, "-n", 1, "--length", known).stderr == ""
+    said = f"note: {known + 1} residues are more than the {known} of any protein it was trained on\n"
+    assert sample(model, "-n", 1, "--force", "--template", f"M_{known}").stderr == said

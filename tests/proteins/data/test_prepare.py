@@ -123,7 +123,7 @@ def test_more_than_memory_holds_is_refused_or_not_looked_at(
 ) -> None:
     source = uniref(tmp_path / "uniref50.fasta", rng)
     monkeypatch.setattr(room, "MOST_RESIDUES", 15_999)
-    with pytest.raises(DataError, match=r"got more than 15,999 residues, .* or by='uniref50'"):
+    with pytest.raises(DataError, match=r"got more than 15,999 residues, .* or find them by uniref50"):
         prepare([source], tmp_path / "out")
     assert prepare([source], tmp_path / "out", by="uniref50").provenance["leakage"] is None
 
@@ -157,7 +157,7 @@ def test_a_source_that_cannot_be_read_is_one_clear_line(name: str, fasta: Path, 
 
 @pytest.mark.parametrize(
     "asked, says",
-    [({"by": "identity"}, "takes 'kmers' or 'uniref50'"), ({"shares": {"train": 0.5}}, "for each part but train")],
+    [({"by": "identity"}, "takes kmers or uniref50"), ({"shares": {"train": 0.5}}, "for each part but train")],
 )
 def test_what_makes_no_split_is_refused_at_once(asked: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=says):

@@ -149,7 +149,7 @@ def gone(folder: Path) -> None:
         (list_manifest, "which is damaged"),
         (newer, "of version 2 .* takes version 1"),
         (other_fingerprint, "fingerprint 000000000000, takes"),
-        (gone, "has no manifest.json"),
+        (gone, "where no folder is, in /"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(harm: Callable[[Path], None], says: str, folder: Path) -> None:

@@ -250,7 +250,7 @@ def test_scores_that_are_no_numbers_raise(sampler: Sampler, graph: Graph) -> Non
 
 
 def test_first_hitting_of_uniform_noise_is_refused() -> None:
-    with pytest.raises(RequestError, match="got Uniform; takes Absorbing.*use Analytic"):
+    with pytest.raises(RequestError, match="got first-hitting for uniform noise, takes absorbing.* take analytic"):
         FirstHitting().sample(rough, Uniform(33), SCHEDULE, torch.full((2, 5), 5), generator=rng())
 
 

@@ -28,7 +28,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def test_every_number_is_there_or_its_absence_has_a_reason(data: Prepared, tmp_path: Path) -> None:
     found = evaluate(trained(), data, model="made", samples=Samples(["MKT" * 12, "MAY" * 11, ""], "a test"))
     assert [each.name for each in found.baselines][:2] == ["uniform over 20", "1-gram"]
-    assert [each.name for each in found.statistics] == ["samples", "random", "shuffled", "real", "real, whole"]
+    assert [each.name for each in found.statistics] == [
+        "samples",
+        "random",
+        "shuffled",
+        "training",
+        "real",
+        "real, whole",
+    ]
     assert found.statistics[0].valid == pytest.approx(2 / 3)
     assert all(each.nearness is not None for each in found.statistics)
     assert found.likelihood.sequences == found.likelihood.of_sequences == 24
@@ -140,13 +147,36 @@ def test_the_averaged_weights_of_a_runs_last_checkpoint_or_its_best_are_what_is_
                 opened(tmp_path, best=True)
         weights = DiT(config.network).state_dict()
         average = {name: torch.full_like(each, step) for name, each in weights.items()}
-        state = {"config": config.model_dump(), "trained": trained().told()}
+        state = {"config": config.model_dump(), "trained": trained().told(), "data": "a fingerprint"}
         kept.save(step, {"model": weights, "average": average}, state, score=score)
     for best, step in ((False, 3), (True, 2)):
-        model, name = opened(tmp_path, best=best)
-        assert name == f"{tmp_path.name}, step {step}"
+        model, name, data = opened(tmp_path, best=best)
+        assert (name, data) == (f"{tmp_path.name}, step {step}", "a fingerprint")
         assert all((each == step).all() for each in model.model.parameters())
         assert not model.model.training
     trained().save(tmp_path)
     with pytest.raises(RequestError, match="got --best .* one trained model"):
         opened(tmp_path, best=True)
+
+
+def test_what_may_mislead_is_noted(data: Prepared, tmp_path: Path) -> None:
+    here = evaluate(trained(), data, model="made", trained_on=data.fingerprint, sequences=2)
+    assert here.notes == []
+    there = evaluate(
+        trained(), data, model="made", trained_on="other", sequences=2, samples=Samples(["MKT" * 12, "M.T" * 12], "")
+    )
+    assert there.notes == [
+        f"the model was trained on other data than {data.folder.name}, and may have seen what is held out there",
+        "50.0% of the samples are empty, or have letters that no protein has",
+    ]
+    there.save(tmp_path / "evaluation.json")
+    assert Evaluation.load(tmp_path / "evaluation.json").notes == there.notes
+
+
+def test_a_text_is_no_file_of_samples(data: Prepared, tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    (tmp_path / "notes.txt").write_text("Dear reader,\nthis is no protein.\n")
+    asked = ["--data", str(data.folder), "--samples", str(tmp_path / "notes.txt")]
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path), *asked])
+    assert done.exit_code == 1
+    assert "notes.txt, no line of which is a protein, takes FASTA" in done.stderr

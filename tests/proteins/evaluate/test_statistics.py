@@ -117,32 +117,35 @@ def test_identity_finds_copies_pieces_and_relatives_among_many(rng: np.random.Ge
 def test_the_rows_are_as_many_and_as_long_as_the_samples(rng: np.random.Generator) -> None:
     held_out = [protein(rng, int(length)) for length in rng.integers(30, 200, 400)]
     lengths = [int(length) for length in rng.integers(30, 150, 100)]
-    found = references(held_out, lengths, seed=3)
+    train = [protein(rng, int(length)) for length in rng.integers(30, 200, 150)]
+    found = references(held_out, train, lengths, seed=3)
     assert tuple(found.rows) == NAMES
     assert len(found.compared_with) == len(found.rows["real, whole"]) == 200
     assert not set(found.compared_with) & set(found.rows["real, whole"])
-    for name in NAMES[:3]:
+    for name in NAMES[:4]:
         assert sorted(map(len, found.rows[name])) == sorted(lengths)
     for real, mixed in zip(found.rows["real"], found.rows["shuffled"], strict=True):
         assert any(each.startswith(real) for each in found.rows["real, whole"])
         assert sorted(real) == sorted(mixed)
     assert found.rows["real"] != found.rows["shuffled"]
-    assert found == references(held_out, lengths, seed=3)
-    assert found != references(held_out, lengths, seed=4)
+    assert all(any(each.startswith(cut) for each in train) for cut in found.rows["training"])
+    assert found == references(held_out, train, lengths, seed=3)
+    assert found != references(held_out, train, lengths, seed=4)
 
 
 def test_more_or_longer_samples_than_there_are_real_proteins_get_what_there_is(rng: np.random.Generator) -> None:
-    found = references([protein(rng, 20) for _ in range(10)], [500] * 30)
+    found = references([protein(rng, 20) for _ in range(10)], [protein(rng, 9)], [500] * 30)
     assert [len(each) for each in found.rows["real"]] == [20] * 5
+    assert [len(each) for each in found.rows["training"]] == [9]
     assert [len(each) for each in found.rows["random"]] == [500] * 30
 
 
 def test_the_rows_lie_as_they_should(rng: np.random.Generator) -> None:
     """Real proteins of a source that often repeats a letter are nearest to it, then shuffled ones, then random ones."""
     held_out = ["".join(each * (1 + (rng.random() < 0.2)) for each in protein(rng, 160)) for _ in range(300)]
-    found = references(held_out, [180] * 150)
+    found = references(held_out, held_out[:9], [180] * 150)
     rows = {name: statistics(name, row, found.compared_with) for name, row in found.rows.items()}
-    random, shuffled, real = (rows[name].kmer_distance for name in NAMES[:3])
+    random, shuffled, real = (rows[name].kmer_distance for name in ("random", "shuffled", "real"))
     assert random[1] > 5 * shuffled[1]
     for k in (2, 3):
         assert random[k] > 1.05 * shuffled[k] > 1.1 * real[k]
@@ -151,4 +154,4 @@ def test_the_rows_lie_as_they_should(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("held_out, lengths", [(["A"], [3]), (["A", "C"], []), (["A", "C"], [0])])
 def test_too_few_are_refused(held_out: list[str], lengths: list[int]) -> None:
     with pytest.raises(RequestError, match="takes"):
-        references(held_out, lengths)
+        references(held_out, ["A"], lengths)

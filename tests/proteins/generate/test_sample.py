@@ -209,5 +209,5 @@ def test_what_makes_no_sense_is_refused(changed: dict[str, object], error: type[
 
 
 def test_first_hitting_is_refused_where_noise_does_not_mask() -> None:
-    with pytest.raises(RequestError, match="use Analytic"):
+    with pytest.raises(RequestError, match="take analytic"):
         generate(tiny.untrained(uniform=True), [5])

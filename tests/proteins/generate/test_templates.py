@@ -25,8 +25,7 @@ def test_a_number_repeats_a_free_residue(text: str, sites: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("MKx_", "got 'x' as character 3"),
-        ("mk_", "got 'm' as character 1"),
+        ("MKx_", "got 'X' as character 3"),
         ("_4XA", "got 'X' as character 3"),
         ("M12_", "got '1' as character 2"),
         ("M _", "got ' ' as character 2"),
@@ -72,3 +71,9 @@ def test_a_file_is_refused_by_name_and_place(tmp_path: Path, text: str, said: st
     (tmp_path / "some.fasta").write_text(text)
     with pytest.raises(DataError, match=said):
         read(tmp_path / "some.fasta")
+
+
+def test_lower_case_is_raised_as_where_data_is_prepared() -> None:
+    assert Template.parse("mkT_2g").sites == "MKT__G"
+    with pytest.raises(RequestError, match="got 'ß'"):  # which would be two good letters
+        Template.parse("Mß_")

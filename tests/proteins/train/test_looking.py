@@ -31,7 +31,7 @@ def test_what_is_logged_is_of_the_averaged_weights_on_all_that_is_held_out(
     config: Configs, data: Path, tmp_path: Path
 ) -> None:
     train(config("look.samples=0"), tmp_path / "run")
-    model, _ = opened(tmp_path / "run")
+    model, _, _ = opened(tmp_path / "run")
     part = Prepared(data)["held_out"]
     found = likelihood(model, part, tokens=128, seed=3)
     assert len(found.nats) == len(part)
@@ -83,7 +83,7 @@ def test_samples_of_a_run_are_of_its_averaged_weights_and_as_long_as_its_data(co
     lengths = [len(each.sequence) for each in found]
     assert set(lengths) == {5, 9}
     seed = int(found[0].name.removeprefix("seed").partition("-")[0])
-    model, _ = opened(tmp_path / "run")
+    model, _, _ = opened(tmp_path / "run")
     assert [each.sequence for each in found] == generate(model, lengths, seed=seed).proteins
 
 

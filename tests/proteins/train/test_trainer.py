@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,29 @@ def test_another_run_is_not_gone_on_with(config: Configs, tmp_path: Path, change
     train(config("run.steps=4"), tmp_path / "run")
     with pytest.raises(TrainingError, match=change.split("=")[0]):
         train(config("run.steps=4", change), tmp_path / "run", resume=True)
+
+
+def test_no_run_is_begun_among_other_files_or_in_one(config: Configs, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("mine")
+    with pytest.raises(TrainingError, match="mine, which holds config.yaml and no checkpoint, takes a new or an empty"):
+        train(config(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "config.yaml").read_text() == "mine"
+    with pytest.raises(TrainingError, match="config.yaml, which is a file, takes a folder"):
+        train(config(), tmp_path / "mine" / "config.yaml")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(config: Configs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config("run.steps=4"), run)
+    kept = weights(run, 4)
+    shutil.rmtree(run / "checkpoints")
+    (run / ".config.yaml.partial").write_text("half of")
+    with pytest.raises(TrainingError, match="which holds config.yaml, metrics.jsonl.* and no checkpoint"):
+        train(config("run.steps=4", "run.seed=9"), run)
+    train(config("run.steps=4"), run)
+    assert weights(run, 4) == kept
+    assert [line["step"] for line in read(run / "metrics.jsonl") if "train/loss" in line] == [2, 4]
 
 
 def test_a_finished_run_can_be_made_longer(config: Configs, tmp_path: Path) -> None:

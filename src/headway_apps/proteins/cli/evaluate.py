@@ -56,14 +56,14 @@ def command(
     if not out.absolute().parent.is_dir():
         raise DataError(f"got --out {out}, takes a file in a folder that is there; make {out.absolute().parent}")
     where = precision.device(device)
-    trained, name = opened(model, best=best)
+    trained, name, trained_on = opened(model, best=best)
     prepared = Prepared(data)
     trained.model.to(where)
     with told() as tell:
         given = _samples(trained, samples, count, seed, tokens, tell)
         found = evaluate(
-            trained, prepared, model=name, part=part, samples=given, tokens=tokens, draws=draws,
-            sequences=sequences, seed=seed, device=where, progress=tell,
+            trained, prepared, model=name, trained_on=trained_on, part=part, samples=given, tokens=tokens,
+            draws=draws, sequences=sequences, seed=seed, device=where, progress=tell,
         )  # fmt: skip
     found.save(out)
     show(found, Console())
@@ -73,6 +73,7 @@ def command(
 def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens: int, tell: Progress) -> Samples | None:
     from headway_apps.proteins.data import fasta
     from headway_apps.proteins.evaluate.evaluation import Samples
+    from headway_apps.proteins.evaluate.statistics import is_valid
     from headway_apps.proteins.generate import lengths
     from headway_apps.proteins.generate.sample import generate
 
@@ -80,6 +81,8 @@ def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens:
         proteins = ["".join(each.sequence.split()) for each in fasta.read(file)]
         if not proteins:
             raise DataError(f"got {file} without a sequence, takes FASTA with one or more")
+        if not any(map(is_valid, proteins)):
+            raise DataError(f"got {file}, no line of which is a protein, takes FASTA, or a list with one a line")
         return Samples(proteins, file.name)
     if not count:
         return None
@@ -107,6 +110,8 @@ def show(found: Evaluation, console: Console) -> None:
     console.print(f"Attention: {ran.backend} on {ran.device}, {ran.why}.", markup=False)
     for what, why in found.absent.items():
         console.print(f"No {what.replace('_', ' ')}: {why}.", markup=False)
+    for note in found.notes:
+        console.print(f"Note: {note}.", markup=False)
 
 
 def _table(rows: list[Statistics]) -> Table:

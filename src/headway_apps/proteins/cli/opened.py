@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from headway import RequestError
 from headway_apps.proteins.errors import WeightsError
@@ -11,15 +12,23 @@ from headway_apps.proteins.trained import FILE, Trained
 from headway_apps.training.checkpoints import Checkpoint, Checkpoints
 
 
-def opened(path: Path, *, best: bool = False) -> tuple[Trained, str]:
-    """The model, and what it is called; of a run, with the averaged weights where there are any.
+class Opened(NamedTuple):
+    trained: Trained
+    name: str
+    """What to call it."""
+    data: str | None
+    """The fingerprint of what it was trained on, where that is known."""
+
+
+def opened(path: Path, *, best: bool = False) -> Opened:
+    """The model; of a run, with the averaged weights where there are any.
 
     `best` is of a run whose checkpoints have scores.
     """
     if (path / FILE).is_file():
         if best:
             raise RequestError(f"got --best for {path}, one trained model, takes it with a run's folder; leave it out")
-        return Trained.load(path), path.name
+        return Opened(Trained.load(path), path.name, None)
     found = Checkpoints(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     kept = None if found is None else found.best() if best else found.latest()
     if kept is None and found is not None and found.steps():
@@ -28,7 +37,7 @@ def opened(path: Path, *, best: bool = False) -> tuple[Trained, str]:
         raise WeightsError(
             f"got {path}, which has neither {FILE} nor a checkpoint, takes a folder of a trained model, or of a run"
         )
-    return of_checkpoint(kept), f"{path.name}, step {kept.step:,}"
+    return Opened(of_checkpoint(kept), f"{path.name}, step {kept.step:,}", kept.state.get("data"))
 
 
 def of_checkpoint(kept: Checkpoint) -> Trained:

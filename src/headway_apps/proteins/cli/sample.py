@@ -48,7 +48,7 @@ def command(
         int | None,
         typer.Option(
             help=f"{Euler.steps} of euler, {Analytic.steps} of analytic, if not given. The most calls of first-hitting:"
-            " as many as free residues, if not given."
+            " as many as free residues, if not given.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of lengths and residues.")] = 0,
@@ -64,8 +64,9 @@ def command(
     where = precisions.device(device)
     dtype = precisions.chosen(where, precision).dtype
     given = [Template.parse(each, name=each) for each in template or ()] + (read(templates) if templates else [])
-    trained, called = opened(model, best=best)
+    trained, called, _ = opened(model, best=best)
     wanted = _wanted(trained, given, length, count, seed)
+    _tell_of_long(wanted, trained)
     trained.model.to(where)
     with told() as progress:
         made = generate(
@@ -78,6 +79,12 @@ def command(
         f"written: {out}, {len(made.proteins):,} proteins of {sum(map(len, made.proteins)):,} residues by {named} in "
         f"{made.calls:,} calls of {called}, with seed {seed}, in {str(dtype).removeprefix('torch.')} on {where}"
     )
+
+
+def _tell_of_long(wanted: list[Template], trained: Trained) -> None:
+    longest, known = max(len(each.sites) for each in wanted), max(trained.lengths, default=None)
+    if known is not None and longest > known:
+        typer.echo(f"note: {longest:,} residues are more than the {known:,} of any protein it was trained on", err=True)
 
 
 def _wanted(

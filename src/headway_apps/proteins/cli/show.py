@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -19,4 +20,5 @@ def command(
         from headway_apps.proteins.config import parameters, read
 
         found = read(config, set_ or ())
-        typer.echo(f"# {parameters(found.network):,} parameters\n{found.to_yaml()}", nl=False)
+        network = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(found.network).items())
+        typer.echo(f"# {parameters(found.network):,} parameters: {network}\n{found.to_yaml()}", nl=False)

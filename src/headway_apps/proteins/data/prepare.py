@@ -45,7 +45,7 @@ def prepare(
     of UniRef50 name, and needs no memory for sequences. `note` is kept: where the files come from.
     """
     if by not in ("kmers", "uniref50"):
-        raise RequestError(f"got by={by!r}, takes 'kmers' or 'uniref50'")
+        raise RequestError(f"got families by {by}, takes kmers or uniref50")
     rules, likeness = rules or fasta.Rules(), likeness or clusters.Likeness()
     shares = {"held_out": 0.05} if shares is None else dict(shares)
     clusters.check(shares)
@@ -113,7 +113,7 @@ def _few(records: Iterable[fasta.Record]) -> Iterator[fasta.Record]:
         if residues > MOST_RESIDUES:
             raise DataError(
                 f"got more than {MOST_RESIDUES:,} residues, takes fewer to find families in memory; give fewer, or "
-                "by='uniref50' for a file of UniRef50"
+                "find them by uniref50 in a file of UniRef50"
             )
         yield each
 
@@ -124,7 +124,7 @@ def _by_uniref50(
     for each in taken:
         if each.family is None:
             raise DataError(
-                f"got the header {each.name!r}, takes those of UniRef50, whose families are known; give by='kmers'"
+                f"got the header {each.name!r}, takes those of UniRef50, whose families are known; find them by kmers"
             )
         writers[clusters.split_by_family(each.family, shares, seed)].add(each)
     return {}

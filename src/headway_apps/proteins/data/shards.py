@@ -157,7 +157,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if version == VERSION and fingerprint == _fingerprint(found["parts"]):
             return cast("dict[str, Any]", found)
     except FileNotFoundError as error:
-        raise DataError(f"got {folder}, which has no {MANIFEST}, takes a folder made by `prepare`") from error
+        what = f"which has no {MANIFEST}" if folder.is_dir() else f"where no folder is, in {Path.cwd()}"
+        raise DataError(f"got {folder}, {what}, takes a folder made by `prepare`") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -111,7 +111,10 @@ class Stepped(Sampler):
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.least < 1:
-            raise RequestError(f"got {self}; takes 1 step or more, and a least time between 0 and 1")
+            raise RequestError(
+                f"got {self.steps} steps and a least time of {self.least}, takes 1 step or more and a time between 0"
+                " and 1"
+            )
 
     def walk(self, chain: Chain) -> None:
         times = torch.linspace(1, self.least, self.steps + 1, dtype=torch.float64)
@@ -167,7 +170,7 @@ class FirstHitting(Sampler):
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
-            raise RequestError(f"got {self}; takes 1 step or more, or None for one for each site")
+            raise RequestError(f"got {self.steps} steps, takes 1 step or more, or none for one for each site")
 
     def calls(self, longest: int) -> int:
         """For sequences of which the longest has so many free sites."""
@@ -175,7 +178,8 @@ class FirstHitting(Sampler):
 
     def walk(self, chain: Chain) -> None:
         if not isinstance(chain.graph, Absorbing):
-            raise RequestError(f"got {type(chain.graph).__name__}; takes Absorbing, which masks: use Analytic")
+            noise = type(chain.graph).__name__.lower()
+            raise RequestError(f"got first-hitting for {noise} noise, takes absorbing, which masks; take analytic")
         document = chain.sequences.document
         left = torch.bincount(document[chain.free].cpu(), minlength=chain.sequences.count)
         calls = self.calls(int(left.max()))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,13 @@ from headway_apps.proteins.evaluate.ngrams import Baseline, baselines
 from headway_apps.proteins.evaluate.references import references
 from headway_apps.proteins.evaluate.statistics import Nearness, Statistics, statistics
 from headway_apps.proteins.trained import Trained
-from headway_apps.training import precision
+from headway_apps.training import folders, precision
 
 VERSION = 1
 TOKENS = 16_384
 SHOWN = 10
-MOST_HELD_OUT = 5_000
-"""Held-out proteins that samples are compared with: more would change nothing."""
+MOST = 5_000
+"""Proteins of a part that samples are set beside: more would change nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +81,12 @@ class Evaluation:
     absent: dict[str, str]
     machine: dict[str, str]
     written: str
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What may mislead."""
 
     def save(self, path: Path) -> None:
-        """All at once: a reader never sees half of it."""
-        text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        told = {"version": VERSION, **dataclasses.asdict(self)}
+        folders.replace(path, json.dumps(told, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
@@ -121,6 +116,7 @@ def evaluate(
     prepared: Prepared,
     *,
     model: str,
+    trained_on: str | None = None,
     part: str = "held_out",
     samples: Samples | None = None,
     tokens: int = TOKENS,
@@ -130,7 +126,10 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
-    """The model's bound on a part beside the baselines', and statistics of samples beside the references'."""
+    """The model's bound on a part beside the baselines', and statistics of samples beside the references'.
+
+    `trained_on` is the fingerprint of the data that the model was trained on, where that is known.
+    """
     if part == "train":
         raise RequestError("got the part train, takes one that was held out: the baselines are counted on train")
     train, held_out = prepared["train"], prepared[part]
@@ -173,7 +172,17 @@ def evaluate(
         absent=absent,
         machine=machine(where),
         written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        notes=list(_notes(prepared, trained_on, rows)),
     )  # fmt: skip
+
+
+def _notes(prepared: Prepared, trained_on: str | None, rows: list[Statistics]) -> Iterator[str]:
+    if trained_on not in (None, prepared.fingerprint):
+        yield (
+            f"the model was trained on other data than {prepared.folder.name}, and may have seen what is held out there"
+        )
+    if rows and rows[0].valid < 1:
+        yield f"{1 - rows[0].valid:.1%} of the samples are empty, or have letters that no protein has"
 
 
 def compared(
@@ -186,7 +195,8 @@ def compared(
     progress: Progress = lambda *_: None,
 ) -> list[Statistics]:
     """The samples' row, and those that it is to be seen beside."""
-    found = references(_some(held_out), [max(1, len(each)) for each in samples.proteins], seed)
+    lengths = [max(1, len(each)) for each in samples.proteins]
+    found = references(_some(held_out), _some(train), lengths, seed)
     rows = {"samples": samples.proteins, **found.rows}
     near: dict[str, Sequence[float]] = {}
     if train.residues > MOST_RESIDUES:
@@ -202,7 +212,7 @@ def compared(
 
 
 def _some(part: Part) -> list[str]:
-    every = max(1, -(-len(part) // MOST_HELD_OUT))
+    every = max(1, -(-len(part) // MOST))
     return [part[at].sequence for at in range(0, len(part), every)]
 
 

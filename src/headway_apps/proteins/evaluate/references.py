@@ -1,9 +1,11 @@
 """The rows that every table of statistics carries, so that a reader sees where the samples lie.
 
-The held-out proteins are drawn into two halves. One is what all rows are compared with; of the other come the rows:
+The held-out proteins are drawn into two halves. One is what all rows are compared with; of the other come the rows, but
+for the training proteins: families that are held out differ from those, and so would the best model's samples.
 
     random       as many proteins, of the same lengths, each residue any of the twenty as likely
     shuffled     the proteins of the next row, each with its residues in a random order
+    training     as many of the training proteins, cut to the lengths of the samples
     real         as many proteins, where there are as many, cut to the lengths of the samples
     real, whole  all of the other half, as they are: also their lengths are nature's
 """
@@ -19,7 +21,7 @@ import numpy as np
 from headway import RequestError
 from headway_apps.proteins.alphabet import STANDARD
 
-NAMES = ("random", "shuffled", "real", "real, whole")
+NAMES = ("random", "shuffled", "training", "real", "real, whole")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class References:
     rows: dict[str, list[str]]
 
 
-def references(held_out: Sequence[str], lengths: Sequence[int], seed: int = 0) -> References:
+def references(held_out: Sequence[str], train: Sequence[str], lengths: Sequence[int], seed: int = 0) -> References:
     """For samples of these lengths; the same for the same seed."""
     if len(held_out) < 2:
         raise RequestError(f"got {len(held_out)} held-out proteins, takes 2 or more: one half is compared to the other")
@@ -41,7 +43,8 @@ def references(held_out: Sequence[str], lengths: Sequence[int], seed: int = 0) -
     letters = np.array(list(STANDARD))
     random = ["".join(rng.choice(letters, length)) for length in lengths]
     shuffled = ["".join(rng.permutation(list(each))) for each in real]
-    return References(drawn[:half], dict(zip(NAMES, (random, shuffled, real, drawn[half:]), strict=True)))
+    training = _cut(train, lengths)
+    return References(drawn[:half], dict(zip(NAMES, (random, shuffled, training, real, drawn[half:]), strict=True)))
 
 
 def _cut(proteins: Sequence[str], lengths: Sequence[int]) -> list[str]:

@@ -48,6 +48,8 @@ class Template:
 
     @classmethod
     def parse(cls, text: str, name: str = "") -> Template:
+        if text.isascii():
+            text = text.upper()  # as where data is prepared; other letters are refused as they stand
         pieces, at = [], 0
         while at < len(text):
             piece = _PIECE.match(text, at)

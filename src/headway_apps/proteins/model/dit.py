@@ -10,6 +10,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 import headway
@@ -131,13 +132,14 @@ class DiT(nn.Module):
     def _blocks(self) -> list[Block]:
         return [cast(Block, block) for block in self.blocks]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths have to be read
     def pack(self, tokens: Tensor, lengths: Tensor) -> Packed:
         """What `forward` makes of lengths, and takes in their place: given it, `torch.compile` makes one graph of all.
 
         Call it under the autocast that the model will run under, as on it depends which kernels there are.
         """
-        return Packed.of(lengths, self._queries(tokens.numel()))
+        # Lengths have to be read, which breaks a graph. As a decorator this would import the compiler for everybody.
+        of = torch.compiler.disable(Packed.of) if is_compiling() else Packed.of
+        return of(lengths, self._queries(tokens.numel()))
 
     def not_recordable(self, lengths: Sequence[int]) -> str | None:
         """Why passes over batches such as of these lengths cannot be recorded, under this autocast."""
@@ -210,7 +212,7 @@ class Block(nn.Module):
         shift, scale = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[:2])
         x = modulated(self.attention_norm(x), scale, shift).to(x.dtype)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, heads, size)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             v = v.clone()  # its gradient is taken as it comes if it is no view: one copy less
         return turned(q, turns), turned(k, turns), v
 

@@ -25,8 +25,12 @@ class Ink:
     series: tuple[str, ...]
 
 
-LIGHT = Ink("#ffffff", "#1b2330", "#5c6778", "#e6e9ee", ("#1f6feb", "#c2410c", "#5c6778", "#1a7f37", "#a371f7"))
-DARK = Ink("#10141a", "#e4e9f0", "#96a2b4", "#262e3a", ("#5aa2ff", "#ff9d5c", "#96a2b4", "#5fd07a", "#c7a6ff"))
+LIGHT = Ink(
+    "#ffffff", "#1b2330", "#5c6778", "#e6e9ee", ("#1f6feb", "#c2410c", "#5c6778", "#1a7f37", "#a371f7", "#b08800")
+)
+DARK = Ink(
+    "#10141a", "#e4e9f0", "#96a2b4", "#262e3a", ("#5aa2ff", "#ff9d5c", "#96a2b4", "#5fd07a", "#c7a6ff", "#e3b341")
+)
 
 
 @dataclasses.dataclass(frozen=True)

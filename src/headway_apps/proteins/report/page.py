@@ -36,11 +36,11 @@ ABOUT_BOUND = (
     " first, as the model is."
 )
 ABOUT_STATISTICS = (
-    "The samples beside proteins that are random, real with their residues shuffled, and real; these are cut to the"
-    " lengths of the samples, and the last column is not. Distances are Jensen-Shannon distances of k-mers (0 to 1) and"
-    " the residues that lengths have to be moved, to another half of the held-out proteins. Low complexity: residues in"
-    " some window of 12 whose entropy is 2.2 bits or less. Identity: the share of a protein's letters that a stretch of"
-    " its nearest training sequence gives without an edit; a copy has 0.9 or more."
+    "The samples beside proteins that are random, real with their residues shuffled, of the training data, and real;"
+    " these are cut to the lengths of the samples, and the last column is not. Distances are Jensen-Shannon distances"
+    " of k-mers (0 to 1) and the residues that lengths have to be moved, to another half of the held-out proteins. Low"
+    " complexity: residues in some window of 12 whose entropy is 2.2 bits or less. Identity: the share of a protein's"
+    " letters that a stretch of its nearest training sequence gives without an edit; a copy has 0.9 or more."
 )
 
 
@@ -178,6 +178,8 @@ def _samples(run: Run, pictures: dict[str, Drawn]) -> Iterator[str]:
         yield from _table(("", *(row.name for row in found.statistics)), rows)
     for what, why in ({} if found is None else found.absent).items():
         yield f'<p class="absent">No {escape(what.replace("_", " "))}: {escape(why)}.</p>'
+    for note in [] if found is None else found.notes:
+        yield f'<p class="absent">Note: {escape(note)}.</p>'
     yield from _pictures(pictures, "kmers", "residues")
     if run.samples:
         yield f'<h3>The first of them</h3><p class="quiet">{escape(run.samples_from)}</p><ol class="proteins">'

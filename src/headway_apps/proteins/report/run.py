@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from headway_apps.proteins import config as configs
 from headway_apps.proteins.data import fasta
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.errors import DataError
@@ -17,7 +18,7 @@ from headway_apps.proteins.evaluate.evaluation import Evaluation
 from headway_apps.training import trackers
 from headway_apps.training.checkpoints import Checkpoints
 
-CONFIG, EVALUATION = "config.yaml", "evaluation.json"
+EVALUATION = "evaluation.json"
 
 Curve = list[tuple[int, float]]
 """Steps, and a number at each."""
@@ -50,10 +51,10 @@ class Run:
     def open(cls, folder: Path) -> Run:
         if not folder.is_dir():
             raise DataError(f"got {folder}, which is no folder, takes that of a run")
-        if not any((folder / name).exists() for name in (CONFIG, trackers.FILE, EVALUATION, "checkpoints")):
+        if not any((folder / name).exists() for name in (configs.FILE, trackers.FILE, EVALUATION, "checkpoints")):
             raise DataError(
-                f"got {folder}, which is no run's folder: it has no {CONFIG}, {trackers.FILE}, {EVALUATION} and no"
-                " checkpoints"
+                f"got {folder}, which is no run's folder: it has no {configs.FILE}, {trackers.FILE}, {EVALUATION} and"
+                " no checkpoints"
             )
         absent: dict[str, str] = {}
         config = _config(folder, absent)
@@ -89,9 +90,9 @@ class Run:
 
 
 def _config(folder: Path, absent: dict[str, str]) -> dict[str, Any]:
-    path = folder / CONFIG
+    path = folder / configs.FILE
     if not path.is_file():
-        absent["config"] = f"there is no {CONFIG}"
+        absent["config"] = f"there is no {configs.FILE}"
         return {}
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))

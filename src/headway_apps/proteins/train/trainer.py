@@ -22,7 +22,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from headway import HeadwayError
-from headway_apps.proteins.config import Config
+from headway_apps.proteins.config import FILE, Config
 from headway_apps.proteins.data.packing import BOUNDARIES, Batch, Batches
 from headway_apps.proteins.data.shards import Part, Prepared
 from headway_apps.proteins.diffusion.bound import Bound
@@ -37,7 +37,7 @@ from headway_apps.proteins.train.objective import Objective, seed_of
 from headway_apps.proteins.train.replay import Replay
 from headway_apps.proteins.train.window import Window
 from headway_apps.proteins.trained import Trained
-from headway_apps.training import precision
+from headway_apps.training import folders, precision
 from headway_apps.training.average import Average
 from headway_apps.training.checkpoints import Checkpoint, Checkpoints
 from headway_apps.training.rates import Rate
@@ -198,11 +198,15 @@ class Trainer:
         if resume and found is None:
             raise TrainingError(f"got --resume for {self.run}, which has no checkpoint; begin it without --resume")
         if not resume:
+            if self.run.exists() and not self.run.is_dir():
+                raise TrainingError(f"got {self.run}, which is a file, takes a folder; give another name")
             if found is not None:
                 raise TrainingError(
                     f"got {self.run}, which has checkpoints up to step {found.step}, takes a new folder; go on with"
                     " --resume, or give another"
                 )
+            if self.is_first and self.run.is_dir():
+                self._must_be_free()
             return None
         assert found is not None
         was, now = (_flat(each) for each in (found.state["config"], self.config.model_dump()))
@@ -223,6 +227,17 @@ class Trainer:
             )
         return found
 
+    def _must_be_free(self) -> None:
+        """The run's folder is empty, or from this run before its first checkpoint."""
+        left = folders.unfinished(self.run)
+        there = sorted(each.name for each in self.run.iterdir() if each not in left)
+        kept = self.run / FILE
+        if there and not (kept.is_file() and kept.read_text(encoding="utf-8") == self.config.to_yaml()):
+            raise TrainingError(
+                f"got {self.run}, which holds {', '.join(there[:3])}{' and more' if there[3:] else ''} and no"
+                " checkpoint, takes a new or an empty folder; give another, or delete what is there"
+            )
+
     def _restore(self, begun: Checkpoint) -> None:
         kept = begun.state
         self.step, self.updates, self.best = begun.step, kept["updates"], kept["best"]
@@ -235,7 +250,7 @@ class Trainer:
 
     def _tracker(self) -> Trackers:
         self.run.mkdir(parents=True, exist_ok=True)
-        (self.run / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        folders.replace(self.run / FILE, self.config.to_yaml())
         keep = self.config.keep
         name = keep.name or self.run.name
         return Trackers(keep.trackers, self.run, keep.project, name, _flat(self.config.model_dump()), after=self.step)
