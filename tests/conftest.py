@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -16,6 +17,16 @@ door = importlib.import_module("headway.attention")  # `headway.attention` itsel
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic algorithms refuse on CUDA
 torch.set_num_threads(1)  # the tensors are tiny, and the workers of pytest-xdist share the cores
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collecting garbage, as many tests do, need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.cuda if kind == "cuda" else ()) for kind in DEVICES])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.callback import callback_handler, on_compile_end
 from torch.nn.attention.flex_attention import flex_attention
 
 from headway.sites.seen import see
@@ -59,6 +60,20 @@ def test_flex_attention_is_in_the_census(function: Callable[..., Tensor]) -> Non
         assert (ticket.name, ticket.kind, ticket.swapped) == ("1", "flex_attention", False)
         assert "it calls flex_attention; no kind of site redirects that" in ticket.because
         assert torch.equal(model(x), truth)
+
+
+def test_the_compiler_is_not_listened_to() -> None:
+    """What compiled itself in a swap, as flex_attention does, took ten times as long: the hook heard all of it."""
+    torch._dynamo.reset()
+    hooks: list[Any] = []
+    note = on_compile_end(lambda *_: hooks.append(sys.getprofile()))
+    try:
+        model, x = made(flex_attention)
+        with torch.no_grad():
+            (ticket,) = swap(model, x).census.tickets
+    finally:
+        callback_handler.remove_end_callback(note)
+    assert (ticket.kind, set(hooks)) == ("flex_attention", {None})
 
 
 def test_a_package_s_kernel_is_in_the_census(monkeypatch: pytest.MonkeyPatch) -> None:

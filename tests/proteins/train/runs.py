@@ -25,7 +25,7 @@ run: {{steps: 8, device: cpu, seed: 3}}
 batch: {{tokens: 128, per_step: 4}}
 optim: {{warmup: 3, lr: 5e-3, average: 0.9}}
 every: {{log: 2, save: 4, evaluate: 8, samples: 8}}
-look: {{samples: 2}}
+look: {{samples: 0}}
 """
 
 

@@ -93,7 +93,7 @@ def test_samples_are_drawn_in_the_precision_of_training(
     asked: list[Any] = []
     real = trainer.generate
     monkeypatch.setattr(trainer, "generate", lambda *a, **k: (asked.append(k["dtype"]), real(*a, **k))[1])
-    train(config("run.precision=bfloat16", "run.steps=4"), tmp_path / "run")
+    train(config("run.precision=bfloat16", "run.steps=4", "look.samples=2"), tmp_path / "run")
     assert asked == [torch.bfloat16]
 
 
@@ -106,7 +106,7 @@ def test_a_look_that_fails_stops_the_run(
 
     monkeypatch.setattr(trainer, what, fails)
     with pytest.raises(RequestError, match="nothing that can be measured"):
-        train(config(), tmp_path / "run")
+        train(config("look.samples=2"), tmp_path / "run")
 
 
 def test_a_run_whose_checkpoint_is_damaged_is_neither_begun_anew_nor_written_over(

@@ -27,7 +27,7 @@ Configs = Callable[..., Config]
 
 
 def test_a_run_and_what_it_leaves(config: Configs, tmp_path: Path) -> None:
-    done = train(config(), tmp_path / "run")
+    done = train(config("look.samples=2"), tmp_path / "run")
     assert isinstance(done, Outcome)
     assert done.step == 8
     assert done.best is not None

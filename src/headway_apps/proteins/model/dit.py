@@ -209,7 +209,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, L, heads, size) each as they lie in memory: `attended` turns them, as compiled
         code wants gradients of what it gives to lie in order, and copies those that do not."""
-        shift, scale = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[:2])
+        shift, scale = at_tokens(modulation[:, : 2 * x.shape[-1]], packed).chunk(2, -1)
         x = modulated(self.attention_norm(x), scale, shift).to(x.dtype)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, heads, size)
         if is_compiling():
@@ -218,7 +218,7 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, heads: Tensor, modulation: Tensor, packed: Packed | None) -> Tensor:
         """All that comes of what attention gives."""
-        gate, shift, scale, gate2 = (at_tokens(each, packed) for each in modulation.chunk(6, -1)[2:])
+        gate, shift, scale, gate2 = at_tokens(modulation[:, 2 * x.shape[-1] :], packed).chunk(4, -1)
         x = self._add(x, gate, self.out(heads.flatten(2)))
         return self._add(x, gate2, self._mlp(modulated(self.mlp_norm(x), scale, shift).to(x.dtype)))
 
@@ -242,7 +242,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, told: Tensor, packed: Packed | None) -> Tensor:
         modulation = self.modulation(told)
-        parts = [at_tokens(each, packed) for each in modulation.chunk(2 if self.shifts else 1, -1)]
+        parts = at_tokens(modulation, packed).chunk(2 if self.shifts else 1, -1)
         shift, scale = (parts[0] if self.shifts else None), parts[-1]
         return cast(Tensor, self.linear(modulated(self.norm(x), scale, shift).to(x.dtype)))
 
