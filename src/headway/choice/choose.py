@@ -60,12 +60,17 @@ class Decision:
     def _lines(self) -> list[str]:
         facts = [("asked", str(self.request)), ("machine", str(self.machine))]
         if self.chosen is None:
-            # Who asks by name wants to know about that name, and what would do instead.
-            refused = [pair for pair in self.refusals if self.asked in ("auto", pair[0])]
-            return in_words(facts, refused, instead=self.accepted)
+            return in_words(facts, self._asked_of, instead=self.accepted)
         others = [name for name in self.accepted if name != self.chosen.name]
         facts += [("also", ", ".join(others))] if others else []
         return in_words(facts, self.refusals)
+
+    @property
+    def _asked_of(self) -> tuple[tuple[str, tuple[Refusal, ...]], ...]:
+        """Who asks by name wants to know about that name, and what would do instead."""
+        if self.asked == "auto":
+            return self.refusals
+        return ((self.asked, why_not(named(self.asked, self.machine.device), self.request, self.machine)),)
 
     def backend(self) -> Backend:
         """The chosen backend, or NoBackendError with every reason and remedy."""
