@@ -2,6 +2,7 @@
 
     headway proteins train examples/proteins/small.yaml --out RUN --set data.folder=DATA
     python benchmarks/trained.py RUN DATA --page docs/trained.md --rows benchmarks/results/trained.jsonl
+    python benchmarks/trained.py - DATA --rows benchmarks/results/trained.jsonl    # only what needs no model
 
 The weights are those that scored best on the held-out part while they were trained. Samplers draw proteins of the same
 lengths; a distance is that of Jensen and Shannon between k-mers of samples and of one half of the held-out part.
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from attention import about
 
 from headway_apps.proteins.cli.opened import opened
 from headway_apps.proteins.data.shards import Prepared
-from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate
+from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate, some
+from headway_apps.proteins.evaluate.ngrams import baselines
 from headway_apps.proteins.evaluate.references import references
 from headway_apps.proteins.evaluate.statistics import KMERS, Statistics, statistics
 from headway_apps.proteins.generate.lengths import draw
@@ -34,15 +37,13 @@ from headway_apps.training import precision
 SAMPLERS: tuple[tuple[str, int | None], ...] = (("euler", 1000), ("first-hitting", None), ("first-hitting", 100))
 SHOWN = ("held-out", "kmers")
 """Figures of a report that are shown."""
-REFERENCES = ("shuffled", "training", "real")
 
 
 def drawn(trained: Trained, data: Prepared, count: int) -> tuple[list[dict[str, Any]], Samples]:
     """A row for each sampler, and what the last one drew."""
     lengths = draw(trained.lengths, count, seed=0)
     dtype = precision.chosen(trained.model.device).dtype
-    held_out, train = ([each.sequence for each in data[part]] for part in ("held_out", "train"))
-    compared_with = references(held_out, train, lengths).compared_with
+    compared_with = references(some(data["held_out"]), some(data["train"]), lengths).compared_with
     found = []
     for sampler, steps in SAMPLERS:
         begun = time.perf_counter()
@@ -60,10 +61,13 @@ def distances(of: Statistics) -> dict[str, float]:
     return {str(k): round(of.kmer_distance[k], 4) for k in KMERS}
 
 
-def beside(held: Evaluation) -> list[dict[str, Any]]:
-    """Rows of proteins that no model made."""
+def beside(data: Prepared, count: int) -> list[dict[str, Any]]:
+    """Rows of proteins that no model made, of lengths as a model of the training data draws them."""
+    lengths = draw(Counter(data["train"].lengths().tolist()), count, seed=0)
+    found = references(some(data["held_out"]), some(data["train"]), lengths)
     return [
-        {"reference": each.name, "distance": distances(each)} for each in held.statistics if each.name in REFERENCES
+        {"reference": name, "proteins": len(row), "distance": distances(statistics(name, row, found.compared_with))}
+        for name, row in found.rows.items()
     ]
 
 
@@ -116,36 +120,46 @@ def page(rows: list[dict[str, Any]], held: Evaluation, took: dict[str, Any], mac
     )
 
 
+def write(path: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps({"group": "trained", **row} | common) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, help="or - for the rows that need no model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("--page", type=Path, required=True)
+    parser.add_argument("--page", type=Path)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
     options = parser.parse_args()
+    data, machine = Prepared(options.data), about()
+    common = machine | ({"commit": options.commit} if options.commit else {})
+    others = beside(data, options.count)
+    counted = [dataclasses.asdict(each) for each in baselines(data["train"], data["held_out"], seed=0)]
+    write(options.rows, [{"reference": row.pop("name"), **row} for row in counted] + others, common)
+    if str(options.run) == "-":
+        return
+    if options.page is None:
+        parser.error("--page is needed for a run")
     trained, name, trained_on = opened(options.run, best=True)
     trained.model.to(precision.device(options.device))
-    data = Prepared(options.data)
     found, samples = drawn(trained, data, options.count)
     held = evaluate(trained, data, model=name, trained_on=trained_on, samples=samples)
     held.save(options.run / "evaluation.json")
     run = Run.open(options.run)
-    took, machine = training(run), about()
-    rows = found + beside(held)
-    common = machine | ({"commit": options.commit} if options.commit else {})
+    took = training(run)
     told = {"likelihood": dataclasses.asdict(held.likelihood), **took, "parameters": held.parameters}
-    with options.rows.open("a") as file:
-        for row in [told, *rows]:
-            file.write(json.dumps({"group": "trained", "model": name, **row} | common) + "\n")
+    write(options.rows, [{"model": name, **row} for row in (told, *found)], common)
     names = []
     for figure in figures(run):
         if figure.name in SHOWN:
             names.append(f"{options.page.stem}-{figure.name}.png")
             (options.page.parent / names[-1]).write_bytes(figure.png(LIGHT))
-    options.page.write_text(page(rows, held, took, machine["gpu"] or "CPU", names), encoding="utf-8")
+    options.page.write_text(page(found + others, held, took, machine["gpu"] or "CPU", names), encoding="utf-8")
     print(options.page.read_text(encoding="utf-8"))
 
 

@@ -136,12 +136,13 @@ def test_a_file(tmp_path: Path) -> None:
     [
         ("run.steps=many", "--set run.steps=many: run.steps: Input should be a valid integer"),
         ("run={steps: many}", "--set run={steps: many}: run.steps: Input should be a valid integer"),
+        ("model.heads=5", "the config: model: got width 32 for 5 heads"),
         ("model.preset=huge", "the config, line 3, --set model.preset=huge: model: got preset 'huge'"),
     ],
 )
 def test_a_change_is_blamed_and_not_the_line_that_it_replaced(change: str, says: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        parse(SMALL, [change])
+        parse(SMALL, ["optim.lr=1e-4", change])
     assert str(raised.value).startswith(says)
 
 

@@ -19,12 +19,23 @@ SHOWN = {
 """Something that each example prints, in order."""
 
 
+FORKED = """
+import os, torch
+for block in {blocks!r}:
+    if not os.fork():
+        exec(block, {{"__name__": "__main__"}})
+        print("ended", flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
 @pytest.mark.parametrize("page", SHOWN)
 def test_each_example_runs_as_printed(page: str, tmp_path: Path) -> None:
-    """With nothing that another one has made."""
+    """Each in a process of its own, which all have torch from one."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(blocks) == len(SHOWN[page])
-    code = f"for block in {blocks!r}:\n    exec(block, {{'__name__': '__main__'}})\n    print('ended')"
+    code = FORKED.format(blocks=blocks)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env={**environ, "PYTHONPATH": str(ROOT / "src")},

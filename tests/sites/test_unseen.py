@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.callback import callback_handler, on_compile_end
+from torch._dynamo import callback
 from torch.nn.attention.flex_attention import flex_attention
 
 from headway.sites.seen import see
@@ -62,18 +63,37 @@ def test_flex_attention_is_in_the_census(function: Callable[..., Tensor]) -> Non
         assert torch.equal(model(x), truth)
 
 
-def test_the_compiler_is_not_listened_to() -> None:
+@pytest.mark.parametrize("met", ["before", "by flex_attention"])
+def test_the_compiler_is_not_listened_to(met: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What compiled itself in a swap, as flex_attention does, took ten times as long: the hook heard all of it."""
     torch._dynamo.reset()
     hooks: list[Any] = []
-    note = on_compile_end(lambda *_: hooks.append(sys.getprofile()))
+    note = callback.on_compile_end(lambda *_: hooks.append(sys.getprofile()))
+    if met != "before":  # as in a process that has not imported it
+        monkeypatch.delitem(sys.modules, callback.__name__)
+        real = importlib.import_module
+        there = {callback.__name__: lambda: sys.modules.setdefault(callback.__name__, callback)}
+        monkeypatch.setattr(
+            importlib, "import_module", lambda name, *more: there.get(name, lambda: real(name, *more))()
+        )
     try:
         model, x = made(flex_attention)
         with torch.no_grad():
             (ticket,) = swap(model, x).census.tickets
     finally:
-        callback_handler.remove_end_callback(note)
+        callback.callback_handler.remove_end_callback(note)
     assert (ticket.kind, set(hooks)) == ("flex_attention", {None})
+
+
+def test_a_model_may_reset_the_compiler() -> None:
+    def resets(*qkv: Tensor) -> Tensor:
+        torch._dynamo.reset()
+        return flex_attention(*qkv)
+
+    model, x = made(resets)
+    with torch.no_grad():
+        (ticket,) = swap(model, x).census.tickets
+    assert ticket.kind == "flex_attention"
 
 
 def test_a_package_s_kernel_is_in_the_census(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ own in the place of F.scaled_dot_product_attention. The interpreter tells its pr
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -55,38 +56,66 @@ def heard(stack: list[str], calls: dict[str, str]) -> Iterator[None]:
         yield
         return
 
+    hook: _Hook
+
     def hear(frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
             code = frame.f_code
             said = listened.get((code.co_filename, code.co_name))  # compiled, it is another code of that name
             if said is not None:
                 calls.setdefault(stack[-1] if stack else "", said)
+                hook.meet_the_compiler(said)
 
-    with _hooked(hear):
+    with _Hook(hear) as hook:
         yield
 
 
-@contextlib.contextmanager
-def _hooked(hear: Callable[[FrameType, str, Any], None]) -> Iterator[None]:
-    """But not while torch.compile is at work here: it calls so much that to hear of it takes ten times as long."""
-    here = threading.get_ident()
+class _Hook:
+    """The profile hook of this thread, but not while torch.compile is at work on it: the compiler calls so much that to
+    hear of it takes ten times as long."""
 
-    def begins(*_: Any) -> None:
-        if sys.getprofile() is hear:
+    def __init__(self, hear: Callable[[FrameType, str, Any], None]) -> None:
+        self._hear, self._thread, self._off, self._compiler = hear, threading.get_ident(), False, None
+
+    def __enter__(self) -> _Hook:
+        self._listen()
+        sys.setprofile(self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        if self._compiler is not None:
+            # torch._dynamo.reset, which the model may call, forgets them itself.
+            for known, own in (
+                (self._compiler.start_callbacks, self._begins),
+                (self._compiler.end_callbacks, self._ends),
+            ):
+                if own in known:
+                    known.remove(own)
+
+    def meet_the_compiler(self, called: str) -> None:
+        """Import it before flex_attention does, which compiles itself."""
+        if self._compiler is None and called == "flex_attention":
+            sys.setprofile(None)
+            importlib.import_module("torch._dynamo.callback")
+            self._listen()
+            sys.setprofile(self._hear)
+
+    def _listen(self) -> None:
+        self._compiler = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+        if self._compiler is not None:
+            self._compiler.register_start_callback(self._begins)
+            self._compiler.register_end_callback(self._ends)
+
+    def _begins(self, *_: Any) -> None:
+        if sys.getprofile() is self._hear:
+            self._off = True
             sys.setprofile(None)
 
-    def ends(*_: Any) -> None:
-        if threading.get_ident() == here:
-            sys.setprofile(hear)
-
-    compiler = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
-    with contextlib.ExitStack() as undo:
-        if compiler is not None:
-            undo.callback(compiler.remove_start_callback, compiler.register_start_callback(begins))
-            undo.callback(compiler.remove_end_callback, compiler.register_end_callback(ends))
-        undo.callback(sys.setprofile, None)
-        sys.setprofile(hear)
-        yield
+    def _ends(self, *_: Any) -> None:
+        if self._off and threading.get_ident() == self._thread and sys.getprofile() is None:
+            self._off = False
+            sys.setprofile(self._hear)
 
 
 def _listened() -> dict[tuple[str, str], str]:

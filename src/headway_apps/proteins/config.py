@@ -306,7 +306,7 @@ def _told(error: Any, lines: dict[tuple[str, ...], str], name: str) -> str:
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), "")
     where = f"{name}, {line}" if line and not line.startswith("--set") else line or name
     # What a section as a whole is wrong in may come from a change to a part of it.
-    inside = [line for at, line in lines.items() if line.startswith("--set") and at[: len(loc)] == loc and at != loc]
+    inside = [line for at, line in lines.items() if loc and line.startswith("--set") and at[: len(loc)] == loc != at]
     where = ", ".join((where, *inside))
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":

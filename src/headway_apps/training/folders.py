@@ -42,11 +42,12 @@ def hidden(folder: Path) -> Path:
 
 def replace(path: Path, text: str) -> None:
     """A file all at once: nobody sees half of it, and a process that is killed meanwhile leaves the old one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = hidden(path)
     try:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -149,7 +149,7 @@ def gone(folder: Path) -> None:
         (list_manifest, "which is damaged"),
         (newer, "of version 2 .* takes version 1"),
         (other_fingerprint, "fingerprint 000000000000, takes"),
-        (gone, "where no folder is, in /"),
+        (gone, r"which is not there, takes a folder"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(harm: Callable[[Path], None], says: str, folder: Path) -> None:

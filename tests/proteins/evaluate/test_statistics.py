@@ -124,6 +124,9 @@ def test_the_rows_are_as_many_and_as_long_as_the_samples(rng: np.random.Generato
     assert not set(found.compared_with) & set(found.rows["real, whole"])
     for name in NAMES[:4]:
         assert sorted(map(len, found.rows[name])) == sorted(lengths)
+    ordered = references(held_out, train, sorted(lengths) * 9).rows["training"]
+    assert len(ordered) == 150
+    assert max(map(len, ordered)) > 140, "lengths are drawn, not taken from the first"
     for real, mixed in zip(found.rows["real"], found.rows["shuffled"], strict=True):
         assert any(each.startswith(real) for each in found.rows["real, whole"])
         assert sorted(real) == sorted(mixed)

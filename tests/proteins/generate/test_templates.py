@@ -25,7 +25,7 @@ def test_a_number_repeats_a_free_residue(text: str, sites: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("MKx_", "got 'X' as character 3"),
+        ("MKx_", "got 'x' as character 3"),
         ("_4XA", "got 'X' as character 3"),
         ("M12_", "got '1' as character 2"),
         ("M _", "got ' ' as character 2"),

@@ -29,9 +29,9 @@ look: {{samples: 0}}
 """
 
 
-def folder(path: Path) -> Path:
+def folder(path: Path, seed: int = 0) -> Path:
     """60 proteins to train on, 10 held out."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     made = [protein(rng, int(length)) for length in rng.integers(5, 40, 70)]
     prepared(path, made[:60], held_out=made[60:])
     return path

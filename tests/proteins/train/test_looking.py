@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from proteins.families import prepared
-from proteins.train.runs import told, weights
+from proteins.train.runs import folder, told, weights
 
 from headway import RequestError
 from headway_apps.proteins.cli.opened import opened
@@ -17,6 +17,7 @@ from headway_apps.proteins.config import Config
 from headway_apps.proteins.data import fasta
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.diffusion.bound import Bound
+from headway_apps.proteins.evaluate.evaluation import evaluate
 from headway_apps.proteins.evaluate.likelihood import likelihood
 from headway_apps.proteins.generate.sample import generate
 from headway_apps.proteins.train import trainer
@@ -122,3 +123,13 @@ def test_a_run_whose_checkpoint_is_damaged_is_neither_begun_anew_nor_written_ove
             train(config(*changes, "run.steps=6"), tmp_path / "run", resume=resume)
     assert weights(tmp_path / "run", 4) == kept
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_run_is_known_to_be_of_its_data(config: Configs, data: Path, tmp_path: Path) -> None:
+    train(config("run.steps=4"), tmp_path / "run")
+    model, name, trained_on = opened(tmp_path / "run")
+    held_out = Prepared(data)
+    assert evaluate(model, held_out, model=name, trained_on=trained_on, sequences=2).notes == []
+    other = Prepared(folder(tmp_path / "other", seed=1))
+    (note,) = evaluate(model, other, model=name, trained_on=trained_on, sequences=2).notes
+    assert note.startswith("the model was trained on other data than other")

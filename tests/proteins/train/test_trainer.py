@@ -160,10 +160,10 @@ def test_another_run_is_not_gone_on_with(config: Configs, tmp_path: Path, change
 
 def test_no_run_is_begun_among_other_files_or_in_one(config: Configs, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.yaml").write_text("mine")
-    with pytest.raises(TrainingError, match="mine, which holds config.yaml and no checkpoint, takes a new or an empty"):
+    (tmp_path / "mine" / "config.yaml").write_bytes(b"\xff mine")
+    with pytest.raises(TrainingError, match="mine, which holds config.yaml and no checkpoint of this config"):
         train(config(), tmp_path / "mine")
-    assert (tmp_path / "mine" / "config.yaml").read_text() == "mine"
+    assert (tmp_path / "mine" / "config.yaml").read_bytes() == b"\xff mine"
     with pytest.raises(TrainingError, match="config.yaml, which is a file, takes a folder"):
         train(config(), tmp_path / "mine" / "config.yaml")
 

@@ -79,10 +79,14 @@ def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens:
 
     if file is not None:
         proteins = ["".join(each.sequence.split()) for each in fasta.read(file)]
+        proteins = [each.upper() if each.isascii() else each for each in proteins]  # as where data is prepared
         if not proteins:
             raise DataError(f"got {file} without a sequence, takes FASTA with one or more")
         if not any(map(is_valid, proteins)):
-            raise DataError(f"got {file}, no line of which is a protein, takes FASTA, or a list with one a line")
+            raise DataError(
+                f"got {file}, each of whose {len(proteins):,} sequences has letters that no protein has, takes FASTA of"
+                " proteins, or a list with one a line"
+            )
         return Samples(proteins, file.name)
     if not count:
         return None
@@ -119,7 +123,7 @@ def _table(rows: list[Statistics]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("", *(row.name for row in rows)):
-        table.add_column(head, justify="right" if head else "left")
+        table.add_column(head, justify="right" if head else "left", min_width=0 if head else len("hydrophobic"))
     for measure, cells in measured(rows):
         table.add_row(measure, *cells)
     return table

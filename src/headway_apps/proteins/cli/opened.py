@@ -17,7 +17,7 @@ class Opened(NamedTuple):
     name: str
     """What to call it."""
     data: str | None
-    """The fingerprint of what it was trained on, where that is known."""
+    """The fingerprint of the part that it was trained on, where that is known."""
 
 
 def opened(path: Path, *, best: bool = False) -> Opened:

@@ -157,8 +157,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if version == VERSION and fingerprint == _fingerprint(found["parts"]):
             return cast("dict[str, Any]", found)
     except FileNotFoundError as error:
-        what = f"which has no {MANIFEST}" if folder.is_dir() else f"where no folder is, in {Path.cwd()}"
-        raise DataError(f"got {folder}, {what}, takes a folder made by `prepare`") from error
+        where = "" if folder.is_absolute() else f" (in {Path.cwd()})"
+        what = f"has no {MANIFEST}" if folder.is_dir() else f"is not there{where}"
+        raise DataError(f"got {folder}, which {what}, takes a folder made by `prepare`") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

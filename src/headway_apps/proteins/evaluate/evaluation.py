@@ -128,7 +128,7 @@ def evaluate(
 ) -> Evaluation:
     """The model's bound on a part beside the baselines', and statistics of samples beside the references'.
 
-    `trained_on` is the fingerprint of the data that the model was trained on, where that is known.
+    `trained_on` is the fingerprint of the part that the model was trained on, where that is known.
     """
     if part == "train":
         raise RequestError("got the part train, takes one that was held out: the baselines are counted on train")
@@ -177,7 +177,7 @@ def evaluate(
 
 
 def _notes(prepared: Prepared, trained_on: str | None, rows: list[Statistics]) -> Iterator[str]:
-    if trained_on not in (None, prepared.fingerprint):
+    if trained_on not in (None, prepared["train"].fingerprint):
         yield (
             f"the model was trained on other data than {prepared.folder.name}, and may have seen what is held out there"
         )
@@ -196,22 +196,25 @@ def compared(
 ) -> list[Statistics]:
     """The samples' row, and those that it is to be seen beside."""
     lengths = [max(1, len(each)) for each in samples.proteins]
-    found = references(_some(held_out), _some(train), lengths, seed)
+    found = references(some(held_out), some(train), lengths, seed)
     rows = {"samples": samples.proteins, **found.rows}
     near: dict[str, Sequence[float]] = {}
     if train.residues > MOST_RESIDUES:
         absent["nearness"] = f"{train.residues:,} training residues are more than the {MOST_RESIDUES:,} that are held"
     else:
-        unique = list(dict.fromkeys(each for row in rows.values() for each in row if each))
+        # Training proteins are copies, all of them.
+        looked_for = {name: row for name, row in rows.items() if name != "training"}
+        unique = list(dict.fromkeys(each for row in looked_for.values() for each in row if each))
         done = identities(
             unique, [each.sequence for each in train], lambda at: progress("proteins compared", at, len(unique))
         )
         all_of = dict(zip(unique, done, strict=True))
-        near = {name: [all_of[each] for each in row if each] for name, row in rows.items()}
+        near = {name: [all_of[each] for each in row if each] for name, row in looked_for.items()}
     return [statistics(name, row, found.compared_with, identities=near.get(name)) for name, row in rows.items()]
 
 
-def _some(part: Part) -> list[str]:
+def some(part: Part) -> list[str]:
+    """What of a part samples are set beside."""
     every = max(1, -(-len(part) // MOST))
     return [part[at].sequence for at in range(0, len(part), every)]
 

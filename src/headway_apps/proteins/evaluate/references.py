@@ -43,7 +43,8 @@ def references(held_out: Sequence[str], train: Sequence[str], lengths: Sequence[
     letters = np.array(list(STANDARD))
     random = ["".join(rng.choice(letters, length)) for length in lengths]
     shuffled = ["".join(rng.permutation(list(each))) for each in real]
-    training = _cut(train, lengths)
+    chosen = [train[at] for at in rng.permutation(len(train))[: len(drawn) - half]]
+    training = _cut(chosen, [lengths[at] for at in rng.permutation(len(lengths))])
     return References(drawn[:half], dict(zip(NAMES, (random, shuffled, training, real, drawn[half:]), strict=True)))
 
 

@@ -48,11 +48,10 @@ class Template:
 
     @classmethod
     def parse(cls, text: str, name: str = "") -> Template:
-        if text.isascii():
-            text = text.upper()  # as where data is prepared; other letters are refused as they stand
+        raised = text.upper() if text.isascii() else text  # as where data is prepared; "ß" would be two good letters
         pieces, at = [], 0
         while at < len(text):
-            piece = _PIECE.match(text, at)
+            piece = _PIECE.match(raised, at)
             if piece is None:
                 raise RequestError(
                     f"got {text[at]!r} as character {at + 1} of a template, takes the residues {STANDARD}, {FREE} for "

@@ -97,6 +97,7 @@ class Trainer:
         self.objective = Objective(graph, noise.levels, config.curriculum.curriculum, noise.loss, config.run.seed)
         self.rate = Rate(config.optim.lr, config.optim.warmup, config.run.steps, config.optim.least * config.optim.lr)
         self.checkpoints = Checkpoints(run / "checkpoints", config.keep.checkpoints)
+        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         begun = self._begun(resume)
         self.batches = self._stream()
         self._make_model(begun)
@@ -125,7 +126,6 @@ class Trainer:
     def _stream(self) -> Batches:
         """This process's part of the batches."""
         batch = self.config.batch
-        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if batch.per_step % self.ranks:
             raise TrainingError(
                 f"got {batch.per_step} batches a step for {self.ranks} processes, takes a multiple of those:"
@@ -205,8 +205,10 @@ class Trainer:
                     f"got {self.run}, which has checkpoints up to step {found.step}, takes a new folder; go on with"
                     " --resume, or give another"
                 )
-            if self.is_first and self.run.is_dir():
-                self._must_be_free()
+            occupied = self._occupied() if self.is_first else None
+            # One verdict for all processes: the others would wait for the one that raises.
+            if occupied := next(filter(None, gather_object([occupied]) if self.ranks > 1 else [occupied]), None):
+                raise TrainingError(occupied)
             return None
         assert found is not None
         was, now = (_flat(each) for each in (found.state["config"], self.config.model_dump()))
@@ -227,16 +229,18 @@ class Trainer:
             )
         return found
 
-    def _must_be_free(self) -> None:
-        """The run's folder is empty, or from this run before its first checkpoint."""
-        left = folders.unfinished(self.run)
+    def _occupied(self) -> str | None:
+        """Why no run begins in this folder: it is neither new nor empty nor this run's before its first checkpoint."""
+        if not self.run.is_dir():
+            return None
+        left, kept = folders.unfinished(self.run), self.run / FILE
         there = sorted(each.name for each in self.run.iterdir() if each not in left)
-        kept = self.run / FILE
-        if there and not (kept.is_file() and kept.read_text(encoding="utf-8") == self.config.to_yaml()):
-            raise TrainingError(
-                f"got {self.run}, which holds {', '.join(there[:3])}{' and more' if there[3:] else ''} and no"
-                " checkpoint, takes a new or an empty folder; give another, or delete what is there"
-            )
+        if not there or (kept.is_file() and kept.read_bytes() == self.config.to_yaml().encode()):
+            return None
+        return (
+            f"got {self.run}, which holds {', '.join(there[:3])}{' and more' if there[3:] else ''} and no checkpoint of"
+            " this config, takes a new or an empty folder; give another"
+        )
 
     def _restore(self, begun: Checkpoint) -> None:
         kept = begun.state
