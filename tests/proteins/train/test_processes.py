@@ -79,7 +79,7 @@ def ended(child):
 folder, moments, kills, runs = Path(sys.argv[2]), random.Random(0), 0, 0
 before = time.monotonic()
 assert ended(begun(folder / "whole")) == 0
-life = (time.monotonic() - before) / 2
+life = (time.monotonic() - before) / 4
 while kills < 50:
     child = begun(folder / f"killed-{runs}")
     time.sleep(moments.uniform(0, life))
