@@ -4,7 +4,7 @@ The held-out proteins are drawn into two halves. One is what all rows are compar
 for the training proteins: families that are held out differ from those, and so would the best model's samples.
 
     random       as many proteins, of the same lengths, each residue any of the twenty as likely
-    shuffled     the proteins of the next row, each with its residues in a random order
+    shuffled     those of the row `real`, each with its residues in a random order
     training     as many of the training proteins, cut to the lengths of the samples
     real         as many proteins, where there are as many, cut to the lengths of the samples
     real, whole  all of the other half, as they are: also their lengths are nature's
