@@ -25,7 +25,7 @@ from headway_apps.proteins.cli.opened import opened
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate, some
 from headway_apps.proteins.evaluate.ngrams import baselines
-from headway_apps.proteins.evaluate.references import references
+from headway_apps.proteins.evaluate.references import References, references
 from headway_apps.proteins.evaluate.statistics import KMERS, Statistics, statistics
 from headway_apps.proteins.generate.lengths import draw
 from headway_apps.proteins.generate.sample import generate
@@ -39,11 +39,9 @@ SHOWN = ("held-out", "kmers")
 """Figures of a report that are shown."""
 
 
-def drawn(trained: Trained, data: Prepared, count: int) -> tuple[list[dict[str, Any]], Samples]:
+def drawn(trained: Trained, lengths: list[int], compared_with: list[str]) -> tuple[list[dict[str, Any]], Samples]:
     """A row for each sampler, and what the last one drew."""
-    lengths = draw(trained.lengths, count, seed=0)
-    dtype = precision.chosen(trained.model.device).dtype
-    compared_with = references(some(data["held_out"]), some(data["train"]), lengths).compared_with
+    dtype, count = precision.chosen(trained.model.device).dtype, len(lengths)
     found = []
     for sampler, steps in SAMPLERS:
         begun = time.perf_counter()
@@ -61,10 +59,8 @@ def distances(of: Statistics) -> dict[str, float]:
     return {str(k): round(of.kmer_distance[k], 4) for k in KMERS}
 
 
-def beside(data: Prepared, count: int) -> list[dict[str, Any]]:
-    """Rows of proteins that no model made, of lengths as a model of the training data draws them."""
-    lengths = draw(Counter(data["train"].lengths().tolist()), count, seed=0)
-    found = references(some(data["held_out"]), some(data["train"]), lengths)
+def beside(found: References) -> list[dict[str, Any]]:
+    """Rows of proteins that no model made."""
     return [
         {"reference": name, "proteins": len(row), "distance": distances(statistics(name, row, found.compared_with))}
         for name, row in found.rows.items()
@@ -136,18 +132,22 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
     options = parser.parse_args()
+    needs_no_model = str(options.run) == "-"
+    if options.page is None and not needs_no_model:
+        parser.error("--page is needed for a run")
     data, machine = Prepared(options.data), about()
     common = machine | ({"commit": options.commit} if options.commit else {})
-    others = beside(data, options.count)
+    # As a model of the training data draws them.
+    lengths = draw(Counter(data["train"].lengths().tolist()), options.count, seed=0)
+    reference = references(some(data["held_out"]), some(data["train"]), lengths)
+    others = beside(reference)
     counted = [dataclasses.asdict(each) for each in baselines(data["train"], data["held_out"], seed=0)]
     write(options.rows, [{"reference": row.pop("name"), **row} for row in counted] + others, common)
-    if str(options.run) == "-":
+    if needs_no_model:
         return
-    if options.page is None:
-        parser.error("--page is needed for a run")
     trained, name, trained_on = opened(options.run, best=True)
     trained.model.to(precision.device(options.device))
-    found, samples = drawn(trained, data, options.count)
+    found, samples = drawn(trained, lengths, reference.compared_with)
     held = evaluate(trained, data, model=name, trained_on=trained_on, samples=samples)
     held.save(options.run / "evaluation.json")
     run = Run.open(options.run)

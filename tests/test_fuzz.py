@@ -256,7 +256,7 @@ def agrees(call: Call, judge: Judge, backend: str, *, learns: bool) -> bool:
 @pytest.mark.parametrize("shard", range(2))
 def test_a_mask_for_other_lengths_is_refused_by_all_alike(shard: int, device: str) -> None:
     @seed(SEED * SHARDS + shard)
-    @settings(POLICY, max_examples=max(DRAWS // 30, 1))
+    @POLICY
     @given(calls(device), frames(device).flatmap(masks))
     def holds(drawn: Drawn, mask: Mask) -> None:
         call = dataclasses.replace(drawn, mask=mask).call()

@@ -129,3 +129,8 @@ SEED = Alphabet(
 """The 25 symbols that the first protein SEDD wrote beside `processed_uniref50.pt`."""
 
 ALPHABETS = {each.name: each for each in (ESM, SEED)}
+
+
+def raised(letters: str) -> str:
+    """In upper case where all are ASCII: what is foreign stays foreign, and "ß" would become two good letters."""
+    return letters.upper() if letters.isascii() else letters

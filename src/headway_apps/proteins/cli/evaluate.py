@@ -71,6 +71,7 @@ def command(
 
 
 def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens: int, tell: Progress) -> Samples | None:
+    from headway_apps.proteins.alphabet import raised
     from headway_apps.proteins.data import fasta
     from headway_apps.proteins.evaluate.evaluation import Samples
     from headway_apps.proteins.evaluate.statistics import is_valid
@@ -78,8 +79,7 @@ def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens:
     from headway_apps.proteins.generate.sample import generate
 
     if file is not None:
-        proteins = ["".join(each.sequence.split()) for each in fasta.read(file)]
-        proteins = [each.upper() if each.isascii() else each for each in proteins]  # as where data is prepared
+        proteins = [raised("".join(each.sequence.split())) for each in fasta.read(file)]
         if not proteins:
             raise DataError(f"got {file} without a sequence, takes FASTA with one or more")
         if not any(map(is_valid, proteins)):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from headway import RequestError
-from headway_apps.proteins.alphabet import AMBIGUOUS, STANDARD
+from headway_apps.proteins.alphabet import AMBIGUOUS, STANDARD, raised
 from headway_apps.proteins.errors import DataError
 
 _UNIREF50 = re.compile(r"UniRef50_\S+$")
@@ -156,7 +156,7 @@ def clean(records: Iterable[Record], rules: Rules, counts: Counts) -> Iterator[R
 
 def _mend(sequence: str, mended: Counter[str]) -> str:
     if not sequence.isascii():
-        return sequence  # it is refused; "ß".upper() would be "SS", two good letters
+        return sequence  # it is refused
     if "\r" in sequence:
         mended["carriage returns removed"] += 1
         sequence = sequence.replace("\r", "")
@@ -165,7 +165,7 @@ def _mend(sequence: str, mended: Counter[str]) -> str:
     if dense.endswith("*"):
         mended["stop at the end removed"] += 1
         dense = dense[:-1]
-    if (upper := dense.upper()) != dense:
+    if (upper := raised(dense)) != dense:
         mended["lower case raised"] += 1
     return upper
 

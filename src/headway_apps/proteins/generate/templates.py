@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from headway import RequestError
-from headway_apps.proteins.alphabet import STANDARD, Alphabet
+from headway_apps.proteins.alphabet import STANDARD, Alphabet, raised
 from headway_apps.proteins.data import fasta
 from headway_apps.proteins.errors import DataError
 from headway_apps.proteins.generate.lengths import LONGEST
@@ -48,10 +48,10 @@ class Template:
 
     @classmethod
     def parse(cls, text: str, name: str = "") -> Template:
-        raised = text.upper() if text.isascii() else text  # as where data is prepared; "ß" would be two good letters
+        letters = raised(text)
         pieces, at = [], 0
         while at < len(text):
-            piece = _PIECE.match(raised, at)
+            piece = _PIECE.match(letters, at)
             if piece is None:
                 raise RequestError(
                     f"got {text[at]!r} as character {at + 1} of a template, takes the residues {STANDARD}, {FREE} for "
