@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from headway import MaskError, RequestError
+from headway.backends import flex
 from headway_apps.proteins.diffusion.graphs import log_expm1
 from headway_apps.proteins.model import dit as room
 from headway_apps.proteins.model.config import DiTConfig
@@ -82,6 +83,21 @@ def test_both_ways_to_attend_are_tried() -> None:
     ways = {name: stirred().pack(torch.zeros(sum(of)), torch.tensor(of)).places is None for name, of in LENGTHS.items()}
     assert not ways["ragged"]
     assert ways["one far longer"]
+
+
+@pytest.mark.usefixtures("flex_uncompiled")
+@torch.no_grad()
+def test_a_kernel_that_is_compiled_for_each_length_meets_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWAY_BACKEND", "flex")
+    met, attend = [], flex.attend
+    monkeypatch.setattr(flex, "attend", lambda q, *rest: met.append(q.shape[2]) or attend(q, *rest))
+    model = stirred(width=128).float()
+    for lengths in ([400, 5, 256], [700, 9], [60, 700]):
+        tokens, sigma = drawn(sum(lengths), len(lengths))
+        got = model(tokens, sigma.float(), torch.tensor(lengths))
+        assert set(met) == {768}
+        torch.testing.assert_close(got, alone(model, tokens, sigma.float(), lengths), rtol=1e-4, atol=1e-4)
+        met.clear()
 
 
 @pytest.mark.parametrize("lengths", [[5, 1, 9, 3], [6, 6, 6]], ids=str)

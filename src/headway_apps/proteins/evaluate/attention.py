@@ -39,6 +39,7 @@ def attention_of(
     like = torch.empty(1, heads, sum(lengths), size, dtype=dtype, device=device).requires_grad_(gradients)
     packed = Packed.of(torch.tensor(lengths), like)
     if packed.places is None and not packed.is_rows:
+        like = like.new_empty(1, heads, sum(lengths) + packed.filler, size).requires_grad_(gradients)
         decision, layout = headway.explain(like, like, like, packed.mask), "packed end to end"
     else:
         rows = torch.empty(packed.documents, heads, packed.longest, size, dtype=dtype, device=device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -33,6 +35,8 @@ class Packed:
     """Each token's place in rows of a batch, (T,), where attention runs over rows."""
     is_rows: bool
     """Whether all documents are of one length, and so rows of a batch as they lie."""
+    filler: int = 0
+    """Tokens of one more document for attention, where its kernel is compiled for each length."""
 
     @classmethod
     def of(cls, lengths: Tensor, like: Tensor) -> Packed:
@@ -50,18 +54,23 @@ class Packed:
         document = torch.arange(len(counts)).repeat_interleave(host)
         positions = torch.arange(total) - starts[document]
         documents = Documents(counts)
-        as_rows = len(counts) * longest**2
-        if as_rows > total**2 or _kernels_know(documents, like):
-            mask, places = cast(Mask, documents), None
-        else:
+        knows = _knowing(documents, like)
+        mask: Mask = documents
+        places, filler = None, 0
+        if knows == "flex":
+            filler = _rounded(total) - total
+            mask = Documents([*counts, filler])
+        elif knows is None and len(counts) * longest**2 <= total**2:
             mask, places = Padding(host), (document * longest + positions).to(device, non_blocking=True)
         document, positions = (x.to(device, non_blocking=True) for x in (document, positions))
-        return cls(document, positions, len(counts), longest, mask, places, is_rows=min(counts) == longest)
+        return cls(document, positions, len(counts), longest, mask, places, min(counts) == longest, filler)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(1, heads, T, size) each; a token sees its own document alone."""
         if self.places is None:
-            return headway.attention(q, k, v, self.mask)
+            if self.filler:
+                q, k, v = (F.pad(x, (0, 0, 0, self.filler)) for x in (q, k, v))
+            return headway.attention(q, k, v, self.mask)[:, :, : len(self.document)]
         q, k, v = (self._rows(x, self.places) for x in (q, k, v))
         rows = headway.attention(q, k, v, self.mask).transpose(1, 2)
         return rows.flatten(0, 1).index_select(0, self.places).transpose(0, 1)[None]
@@ -89,12 +98,20 @@ def _counts(lengths: Tensor, total: int) -> list[int]:
     return counts
 
 
-def _kernels_know(documents: Documents, like: Tensor) -> bool:
-    """Whether attention over these tokens would run on a kernel that takes documents as they are."""
+def _knowing(documents: Documents, like: Tensor) -> str | None:
+    """The backend attention over these tokens would run on, if it takes documents as they are."""
     decision = headway.explain(like, like, like, documents)
-    return decision.chosen is not None and decision.chosen.masks.is_native(decision.request.mask)
+    native = decision.chosen is not None and decision.chosen.masks.is_native(decision.request.mask)
+    return decision.chosen.name if decision.chosen is not None and native else None
 
 
+def _rounded(tokens: int) -> int:
+    """So many or up to an eighth more: one of few numbers, whatever batches come."""
+    step = max(LEAST_STEP, 1 << (tokens.bit_length() - 4))
+    return step * math.ceil(tokens / step)
+
+
+LEAST_STEP = 128
 PACKED = frozenset({"flash2", "flash3", "flash4", "torch-varlen"})
 """Kernels that read where documents begin from the device, at each call. Others compile for it, or read it first."""
 
