@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from attention import about
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headway_apps.proteins.alphabet import ESM
 from headway_apps.proteins.data.packing import BOUNDARIES, Batch, Batches, pack, shuffled
@@ -46,10 +47,13 @@ PEAK = {"NVIDIA H200": 989e12}
 class OneByOne(Packed):
     """Attention of one sequence after the other, as the protein model for V100 computed it."""
 
+    counts: tuple[int, ...] = ()
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        counts = torch.bincount(self.document).tolist()
-        parts = zip(*(x.split(counts, 2) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*each) for each in parts], 2)
+        parts = zip(*(x.split(self.counts, 2) for x in (q, k, v)), strict=True)
+        # Not by cuDNN, which makes a plan for each length that it meets: minutes in which no batch is like another.
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.cat([F.scaled_dot_product_attention(*each) for each in parts], 2)
 
 
 def packed(model: DiT, noised: Noised, batch: Batch, host: Batch) -> Tensor:
@@ -60,7 +64,8 @@ def packed(model: DiT, noised: Noised, batch: Batch, host: Batch) -> Tensor:
 def one_by_one(model: DiT, noised: Noised, batch: Batch, host: Batch) -> Tensor:
     there = model.pack(host.tokens, host.lengths)
     fields = {each.name: getattr(there, each.name) for each in dataclasses.fields(there)}
-    scores: Tensor = model(noised.tokens, noised.level, OneByOne(**fields))
+    counts = tuple(host.lengths.tolist())
+    scores: Tensor = model(noised.tokens, noised.level, OneByOne(**fields, counts=counts))
     return scores
 
 
