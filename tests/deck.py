@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from agreement import Call
@@ -16,6 +17,9 @@ from headway.masks import Frame
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+Shape: TypeAlias = tuple[int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +43,16 @@ class Case:
 
     def draw(self, dtype: str, device: str, *, learns: bool = True) -> Call:
         """The same numbers on every device, and in every dtype but for rounding."""
-        to: torch.dtype = getattr(torch, dtype)
-        source = Source(self.name)
         (q_len, kv_len), (heads, kv_heads), (size, value_size) = self.lengths, self.heads, self.sizes
-        shapes = ((heads, q_len, size), (kv_heads, kv_len, size), (kv_heads, kv_len, value_size))
-        q, k, v = (LAYOUTS[self.layout](source, (self.batch, *shape), to, torch.device(device)) for shape in shapes)
-        q = (q * self.logits) if self.logits != 1 else q
-        frame = Frame(q_len, kv_len, self.batch, heads, q.device)
-        sinks = source.normal(heads).to(q.device, torch.float32) if self.sinks else None
-        if learns:
-            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-            sinks = None if sinks is None else sinks.requires_grad_()
-        mask = None if self.mask is None else self.mask(frame)
-        return Call(q, k, v, mask=mask, sinks=sinks, **self.options)
+        shapes = tuple(
+            (self.batch, *shape)
+            for shape in ((heads, q_len, size), (kv_heads, kv_len, size), (kv_heads, kv_len, value_size))
+        )
+        drawn = _drawn(self.name, self.layout, shapes, dtype, device)
+        q, k, v, sinks = (x.detach().requires_grad_(learns) for x in drawn)
+        q = (q.detach() * self.logits).requires_grad_(learns) if self.logits != 1 else q
+        mask = None if self.mask is None else self.mask(Frame(q_len, kv_len, self.batch, heads, q.device))
+        return Call(q, k, v, mask=mask, sinks=sinks if self.sinks else None, **self.options)
 
 
 class Source:
@@ -67,9 +68,18 @@ class Source:
         return torch.rand(shape, generator=self.generator) < share
 
 
+@functools.cache
+def _drawn(
+    name: str, layout: str, shapes: tuple[Shape, ...], dtype: str, device: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values and sinks. Drawn once for all backends: it takes as long as many of them do."""
+    source, to, where = Source(name), getattr(torch, dtype), torch.device(device)
+    q, k, v = (LAYOUTS[layout](source, shape, to, where) for shape in shapes)
+    return q, k, v, source.normal(shapes[0][1]).to(where, torch.float32)
+
+
 # -- layouts ----------------------------------------------------------------------------------------------------------
 
-Shape = tuple[int, int, int, int]
 Layout = Callable[[Source, Shape, torch.dtype, torch.device], Tensor]
 
 

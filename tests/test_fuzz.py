@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -119,95 +120,99 @@ def calls(draw: st.DrawFn, device: str) -> Drawn:
 @st.composite
 def masks(draw: st.DrawFn, frame: Frame) -> Mask:
     """Any mask of the algebra: yes and no in any nesting, and what adds to scores joined by & outside."""
-    mask = draw(st.one_of(st.just(Full()), yes_and_no(frame)))
-    for extra in draw(st.lists(adding(frame), max_size=2)):
-        mask = draw(st.sampled_from([mask & extra, extra & mask]))
+    mask = yes_and_no(draw, frame, 4) if draw(st.booleans()) else Full()
+    for _ in range(draw(st.integers(0, 2))):
+        extra = adding(draw, frame)
+        mask = mask & extra if draw(st.booleans()) else extra & mask
     return mask
 
 
-def yes_and_no(frame: Frame) -> st.SearchStrategy[Mask]:
-    def joined(inner: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
-        pairs = st.tuples(inner, inner)
-        return st.one_of(pairs.map(lambda p: p[0] & p[1]), pairs.map(lambda p: p[0] | p[1]), inner.map(lambda m: ~m))
-
-    return st.recursive(leaves(frame), joined, max_leaves=4)
+# Functions that draw, and no strategies: one that is made for a frame is looked through before it is used, which takes
+# longer than all that it draws.
 
 
-def leaves(frame: Frame) -> st.SearchStrategy[Mask]:
-    near = st.one_of(st.none(), st.integers(0, 12))
-    kinds = [
-        st.just(Full()),
-        aligns(frame).map(Causal),
-        st.builds(Window, near, near, aligns(frame)),
-        st.integers(0, frame.kv_len).map(Prefix),
-        st.lists(st.integers(0, frame.kv_len), min_size=frame.batch, max_size=frame.batch).map(
-            lambda n: Prefix(torch.tensor(n, device=frame.device))
-        ),
-        documents(frame),
-        st.builds(
-            Padding,
-            st.lists(st.integers(0, frame.kv_len), min_size=frame.batch, max_size=frame.batch),
-            st.sampled_from(["left", "right"]),
-        ),
-        tensors(frame, lambda source: Padding(source.yes(frame.batch, frame.kv_len).to(frame.device))),
-        st.tuples(rooms(frame), st.integers(0, 99)).map(
-            lambda drawn: Dense(Source(str(drawn[1])).yes(*drawn[0]).to(frame.device))
-        ),
-        st.integers(1, 5).map(lambda n: every(torch.tensor(n, device=frame.device))),
-    ]
-    if frame.q_len <= frame.kv_len:
-        kinds.append(trees(frame))
-    return st.one_of(kinds)
+def yes_and_no(draw: st.DrawFn, frame: Frame, most: int) -> Mask:
+    """Of `most` parts or fewer."""
+    joined = draw(st.sampled_from(["", "", "~", "&", "|"])) if most > 1 else ""
+    if not joined:
+        return LEAVES[draw(st.sampled_from(list(LEAVES)))](draw, frame)
+    if joined == "~":
+        return ~yes_and_no(draw, frame, most - 1)
+    one, other = (yes_and_no(draw, frame, most // 2) for _ in range(2))
+    return one & other if joined == "&" else one | other
 
 
-def aligns(frame: Frame) -> st.SearchStrategy[Any]:
-    return st.sampled_from([None, *ALIGNS] if frame.q_len == frame.kv_len else ALIGNS)
+def near(draw: st.DrawFn) -> int | None:
+    return draw(st.integers(0, 12)) if draw(st.booleans()) else None
 
 
-def every(step: torch.Tensor) -> Predicate:
+def align(draw: st.DrawFn, frame: Frame) -> Any:
+    return draw(st.sampled_from((None, *ALIGNS) if frame.q_len == frame.kv_len else ALIGNS))
+
+
+def counts(draw: st.DrawFn, frame: Frame) -> list[int]:
+    """Of keys, one for each of a batch."""
+    return [draw(st.integers(0, frame.kv_len)) for _ in range(frame.batch)]
+
+
+def source(draw: st.DrawFn) -> Source:
+    return Source(str(draw(st.integers(0, 99))))
+
+
+def every(draw: st.DrawFn, frame: Frame) -> Mask:
+    step = torch.tensor(draw(st.integers(1, 5)), device=frame.device)
     return Predicate(lambda b, h, q, k: (q + k + h) % step == 0)
 
 
-def tensors(frame: Frame, make: Any) -> st.SearchStrategy[Mask]:
-    return st.integers(0, 99).map(lambda n: make(Source(str(n))))
-
-
-def rooms(frame: Frame) -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes that broadcast over the frame."""
+def room(draw: st.DrawFn, frame: Frame) -> tuple[int, ...]:
+    """A shape that broadcasts over the frame."""
     full = (frame.batch, frame.heads, frame.q_len, frame.kv_len)
-    chosen = st.tuples(*(st.sampled_from([1, n]) for n in full))
-    return st.one_of(chosen, st.sampled_from([full[2:], full[1:], full[3:]]))
+    axes = draw(st.sampled_from([0, 1, 2, 3, None]))
+    return tuple(draw(st.sampled_from([1, n])) for n in full) if axes is None else full[axes:]
 
 
-@st.composite
 def documents(draw: st.DrawFn, frame: Frame) -> Mask:
     count = draw(st.integers(1, 4))
     if frame.q_len == frame.kv_len and draw(st.booleans()):
-        return Documents(draw(packings(frame.q_len, count)))
-    return Documents(draw(packings(frame.q_len, count)), draw(packings(frame.kv_len, count)))
+        return Documents(packing(draw, frame.q_len, count))
+    return Documents(packing(draw, frame.q_len, count), packing(draw, frame.kv_len, count))
 
 
-@st.composite
-def packings(draw: st.DrawFn, total: int, count: int) -> list[int]:
-    cuts = sorted(draw(st.lists(st.integers(0, total), min_size=count - 1, max_size=count - 1)))
+def packing(draw: st.DrawFn, total: int, count: int) -> list[int]:
+    cuts = sorted(draw(st.integers(0, total)) for _ in range(count - 1))
     return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
-@st.composite
-def trees(draw: st.DrawFn, frame: Frame) -> Mask:
-    lengths = draw(packings(frame.kv_len, draw(st.integers(1, 5))))
+def tree(draw: st.DrawFn, frame: Frame) -> Mask:
+    if frame.q_len > frame.kv_len:
+        return Full()
+    lengths = packing(draw, frame.kv_len, draw(st.integers(1, 5)))
     parents = [draw(st.integers(-1, i - 1)) for i in range(len(lengths))]
-    return Tree(parents, lengths, align=draw(aligns(frame)))
+    return Tree(parents, lengths, align=align(draw, frame))
 
 
-@st.composite
+LEAVES: dict[str, Callable[[st.DrawFn, Frame], Mask]] = {
+    "full": lambda draw, frame: Full(),
+    "causal": lambda draw, frame: Causal(align(draw, frame)),
+    "window": lambda draw, frame: Window(near(draw), near(draw), align(draw, frame)),
+    "prefix": lambda draw, frame: Prefix(draw(st.integers(0, frame.kv_len))),
+    "prefixes": lambda draw, frame: Prefix(torch.tensor(counts(draw, frame), device=frame.device)),
+    "documents": documents,
+    "padding": lambda draw, frame: Padding(counts(draw, frame), draw(st.sampled_from(["left", "right"]))),
+    "any padding": lambda draw, frame: Padding(source(draw).yes(frame.batch, frame.kv_len).to(frame.device)),
+    "dense": lambda draw, frame: Dense(source(draw).yes(*room(draw, frame)).to(frame.device)),
+    "predicate": every,
+    "tree": tree,
+}
+
+
 def adding(draw: st.DrawFn, frame: Frame) -> Mask:
-    source = Source(str(draw(st.integers(0, 99))))
+    numbers = source(draw)
     if draw(st.booleans()):
-        return Alibi(source.normal(frame.heads).abs().to(frame.device, torch.float32), align=draw(aligns(frame)))
-    bias = source.normal(*draw(rooms(frame)))
+        return Alibi(numbers.normal(frame.heads).abs().to(frame.device, torch.float32), align=align(draw, frame))
+    bias = numbers.normal(*room(draw, frame))
     if draw(st.booleans()):
-        bias = bias.masked_fill(source.yes(*bias.shape, share=0.3), float("-inf"))
+        bias = bias.masked_fill(numbers.yes(*bias.shape, share=0.3), float("-inf"))
     return Bias(bias.to(frame.device, torch.float32).requires_grad_(draw(st.booleans())))
 
 

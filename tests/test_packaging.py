@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from forked import fresh
 
 import headway
 from headway.backends.registry import BACKENDS
@@ -45,12 +45,11 @@ for module in pkgutil.walk_packages(headway.__path__, "headway."):
 
 
 @pytest.mark.parametrize("code", ["import headway", IMPORT_ALL], ids=["headway", "every module of it"])
-def test_imports_no_optional_package(code: str) -> None:
-    report = f"import sys, torch\nbefore = set(sys.modules)\n{code}\nprint(*(set(sys.modules) - before))"
-    path = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
-    done = subprocess.run([sys.executable, "-c", path + report], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+def test_imports_no_optional_package(code: str, tmp_path: Path) -> None:
+    code = f"import sys, torch\nbefore = set(sys.modules)\n{code}\nprint(*(set(sys.modules) - before))"
+    status, told = fresh(code, tmp_path)
+    assert status == 0, told
+    loaded = {name.partition(".")[0] for name in told.split()}
     assert "headway" in loaded
     assert loaded & (OPTIONAL | {"headway_apps"}) == set()
 
@@ -85,16 +84,12 @@ with headway.swap(model, x):
 @pytest.mark.parametrize(
     "code", ["import headway", IMPORT_ALL, A_SWAP], ids=["headway", "every module of it", "a swap"]
 )
-def test_an_import_or_a_swap_sets_nothing_for_the_process(code: str) -> None:
+def test_an_import_or_a_swap_sets_nothing_for_the_process(code: str, tmp_path: Path) -> None:
     """No environment variable, flag of PyTorch, handler, filter or random number; and it prints nothing."""
     # Not the environment of this process, where what an import would set is set already.
     check = "after = settings()\nassert not [(a, b) for a, b in zip(before, after) if a != b]"
-    path = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{path}{SETTINGS}{code}\n{check}"], capture_output=True, text=True, check=False,
-        env={name: os.environ[name] for name in ("PATH", "HOME", "XDG_CACHE_HOME") if name in os.environ},
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "XDG_CACHE_HOME") if name in os.environ}
+    assert fresh(f"{SETTINGS}{code}\n{check}", tmp_path, environment) == (0, "")
 
 
 def test_changelog_ends_at_this_version() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import fresh
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
 
 from headway.shims import flash_attn, install, installed, uninstall
@@ -129,11 +130,8 @@ config = LlamaConfig(
 )
 assert LlamaForCausalLM(config)(torch.ones(1, 4, dtype=torch.long)).logits.shape == (1, 4, 64)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(SRC)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    status, told = fresh(code, tmp_path)
+    assert status == 0, told
 
 
 def test_uninstall_says_that_models_of_flash_attention_2_stop() -> None:

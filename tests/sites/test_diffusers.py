@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import fresh
 from torch import Tensor, nn
 
 import headway
@@ -161,7 +160,7 @@ def test_undo_gives_back_a_chosen_backend():
     assert "_attention_backend" not in vars(model.single_transformer_blocks[0].attn.processor)
 
 
-def test_register_changes_nothing_that_is_there():
+def test_register_changes_nothing_that_is_there(tmp_path):
     script = """
 import sys, headway, headway.sites.diffusers as ours
 assert "diffusers" not in sys.modules
@@ -180,8 +179,7 @@ for name, held in before.items():
 assert registry._active_backend is active
 assert not registry._is_context_parallel_available(made)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert fresh(script, tmp_path)[0] == 0
 
 
 def test_as_the_default_of_a_block_of_code(monkeypatch):
@@ -206,7 +204,7 @@ def test_copies_and_pickles_keep_it():
     assert torch.equal(again(**inputs).sample, model(**inputs).sample)
 
 
-def test_a_pickle_registers_where_it_is_loaded():
+def test_a_pickle_registers_where_it_is_loaded(tmp_path):
     data = pickle.dumps(ours.register())
     script = f"""
 import pickle
@@ -214,8 +212,7 @@ name = pickle.loads({data!r})
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 assert registry._backends[name].__module__ == "headway.sites.diffusers"
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert fresh(script, tmp_path)[0] == 0
 
 
 def test_compiles_in_one_graph():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from forked import together
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from waiting import no_waiting
 
 from headway import RequestError
@@ -219,67 +219,47 @@ def test_nothing_waits_for_the_gpu() -> None:
             pass
 
 
-SHARDED = """
-import os, sys, torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from headway_apps.training.average import Average
+def sharded() -> None:
+    """Averages of a model and of the same one in shards."""
+    dist.init_process_group("gloo")
 
-dist.init_process_group("gloo")
-def made():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-def whole(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-plain, sharded = made(), made()
-fully_shard(sharded[2])
-fully_shard(sharded, ignored_params={sharded[0].bias})
-averages = []
-x = torch.linspace(-1, 1, 24).view(4, 6)
-for model in (plain, sharded):
-    optimizer, average = torch.optim.SGD(model.parameters(), 0.1), Average(model, 0.5)
-    for step in range(3):
-        model(x * step).square().sum().backward()
-        optimizer.step(); optimizer.zero_grad()
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def whole(x: Tensor) -> Tensor:
+        return x.full_tensor() if isinstance(x, DTensor) else x
+
+    plain, shards = made(), made()
+    fully_shard(shards[2])
+    fully_shard(shards, ignored_params={shards[0].bias})
+    averages = []
+    x = torch.linspace(-1, 1, 24).view(4, 6)
+    for model in (plain, shards):
+        optimizer, average = torch.optim.SGD(model.parameters(), 0.1), Average(model, 0.5)
+        for step in range(3):
+            model(x * step).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model(x)  # which leaves the root of FSDP2 gathered
+            average.update(model)
         with torch.no_grad():
-            model(x)  # which leaves the root of FSDP2 gathered
-        average.update(model)
-    with torch.no_grad():
-        before = model(x)
-        with average.applied(model):
-            inside = model(x)
-        after = model(x)
-    averages.append((before, inside, after, *(whole(each) for each in average.weights.values())))
-    assert torch.equal(before, after) and not torch.allclose(before, inside)
-for ours, theirs in zip(*averages, strict=True):
-    torch.testing.assert_close(ours, theirs)
-shadows = list(average.weights.values())
-assert [isinstance(each, DTensor) for each in shadows] == [True, False, True, True], shadows
-print("alike", flush=True)
-dist.destroy_process_group()
-"""
+            before = model(x)
+            with average.applied(model):
+                inside = model(x)
+            after = model(x)
+        averages.append((before, inside, after, *(whole(each) for each in average.weights.values())))
+        assert torch.equal(before, after)
+        assert not torch.allclose(before, inside)
+    torch.testing.assert_close(*averages)
+    shadows = [isinstance(each, DTensor) for each in average.weights.values()]
+    assert shadows == [True, False, True, True]
+    print("alike")
+    dist.destroy_process_group()
 
 
 def test_shards_of_fsdp2_are_averaged_as_the_whole_is(tmp_path: Path) -> None:
     """Two processes. What is gathered when the averages are put in or taken out does not keep the others."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, str(script)], env=environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for each in both:
-        told, wrong = each.communicate(timeout=120)
-        assert told == "alike\n", wrong
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    for code, told in together(sharded, folder=tmp_path):
+        assert (code, told) == (0, "alike\n")

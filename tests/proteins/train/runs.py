@@ -56,10 +56,6 @@ def told(run: Path, name: str) -> list[Any]:
     return [line[name] for line in trackers.read(run / "metrics.jsonl") if name in line]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def command(*words: str | Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """`headway proteins ...` as a process, or under torchrun as several, without a terminal."""
     start = [sys.executable]
@@ -67,5 +63,6 @@ def command(*words: str | Path, processes: int = 1) -> subprocess.CompletedProce
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
         [*start, "-m", "headway_apps.proteins", *map(str, words)],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, env=environment(),
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

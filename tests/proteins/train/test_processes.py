@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import gc
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from proteins.train.runs import CONFIG, command, environment, weights
+from forked import together
+from proteins.train.runs import CONFIG, command, weights
 from typer.testing import CliRunner
 
 from headway_apps.proteins.cli import app
@@ -35,14 +40,28 @@ def losses(run: Path) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_do_what_one_does(file: Path, tmp_path: Path, shard: bool) -> None:
+def in_two(*words: str | Path, folder: Path) -> str:
+    """What two processes of a command tell, which succeeds."""
+    ended = together(app, [str(each) for each in words], folder=folder)
+    told = "".join(told for _, told in ended)
+    assert [code for code, _ in ended] == [0, 0], told
+    return told
+
+
+def under_torchrun(*words: str | Path, folder: Path) -> str:
+    done = command(*words, processes=2)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("shard, run", [(False, under_torchrun), (True, in_two)], ids=["DDP", "FSDP2"])
+def test_two_processes_do_what_one_does(file: Path, tmp_path: Path, shard: bool, run: Callable[..., str]) -> None:
     train(read(file), tmp_path / "one")
-    two = command("train", file, "--out", tmp_path / "two", "--set", f"run.shard={str(shard).lower()}", processes=2)
-    assert two.returncode == 0, two.stderr
+    shards = f"run.shard={str(shard).lower()}"
+    told = run("train", file, "--out", tmp_path / "two", "--set", shards, folder=tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert len(losses(tmp_path / "one")) == 5
-    assert two.stderr.count("step 8 of 8") == 1, "one process tells"
+    assert told.count("step 8 of 8") == 1, "one process tells"
     first, second = (Checkpoints(tmp_path / name / "checkpoints").at(8) for name in ("one", "two"))
     for kind in ("model", "average", "optimizer"):
         ours, theirs = first.tensors(kind), second.tensors(kind)
@@ -52,54 +71,48 @@ def test_two_processes_do_what_one_does(file: Path, tmp_path: Path, shard: bool)
 
 
 def test_one_process_goes_on_with_what_two_began(file: Path, tmp_path: Path) -> None:
-    begun = command("train", file, "--out", tmp_path / "two", "--set", "run.steps=4", processes=2)
-    assert begun.returncode == 0, begun.stderr
+    in_two("train", file, "--out", tmp_path / "two", "--set", "run.steps=4", folder=tmp_path)
     assert train(read(file), tmp_path / "two", resume=True).step == 8
     assert Checkpoints(tmp_path / "two" / "checkpoints").steps() == [4, 8]
 
 
-KILLED = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch._dynamo  # as an optimizer's first step does, in two seconds: once, and not in each child
-from headway_apps.proteins.config import read
-from headway_apps.proteins.train.trainer import train
-config = read(Path(sys.argv[1]), ["every.save=1", "every.log=1", "look.samples=0", "run.steps=10", "every.evaluate=10"])
+def killed(file: Path, folder: Path) -> None:
+    """50 times a run is killed, each in a child of its own, and gone on with; then once not."""
+    changed = ["every.save=1", "every.log=1", "batch.per_step=2", "run.steps=10", "every.evaluate=10"]
+    config, moments, kills, runs = read(file, changed), random.Random(0), 0, 0
+    gc.freeze()  # or each child would look at all that was imported
 
-def begun(run):
-    child = os.fork()
-    if not child:
-        train(config, run, resume=any(run.glob("checkpoints/step-*")))
-        os._exit(0)
-    return child
+    def begun(run: Path) -> int:
+        child = os.fork()
+        if not child:
+            train(config, run, resume=any(run.glob("checkpoints/step-*")))
+            os._exit(0)
+        return child
 
-def ended(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    def ended(child: int) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-folder, moments, kills, runs = Path(sys.argv[2]), random.Random(0), 0, 0
-before = time.monotonic()
-assert ended(begun(folder / "whole")) == 0
-life = (time.monotonic() - before) / 4
-while kills < 50:
-    child = begun(folder / f"killed-{runs}")
-    time.sleep(moments.uniform(0, life))
-    os.kill(child, signal.SIGKILL)
-    if (status := ended(child)) == 0:
-        runs += 1
-    else:
-        assert status == -signal.SIGKILL
-        kills += 1
-assert ended(begun(folder / f"killed-{runs}")) == 0
-"""
+    before = time.monotonic()
+    assert ended(begun(folder / "whole")) == 0
+    life = (time.monotonic() - before) / 4
+    while kills < 50:
+        child = begun(folder / f"killed-{runs}")
+        time.sleep(moments.uniform(0, life))
+        os.kill(child, signal.SIGKILL)
+        if (status := ended(child)) == 0:
+            runs += 1
+        else:
+            assert status == -signal.SIGKILL
+            kills += 1
+    assert ended(begun(folder / f"killed-{runs}")) == 0
 
 
 def test_a_run_that_is_killed_at_fifty_moments_is_the_run_that_was_not(file: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", KILLED, str(file), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment())
-    assert done.returncode == 0, done.stderr
-    killed = sorted(tmp_path.glob("killed-*"))
-    assert killed
-    for run in killed:
+    ((code, told),) = together(killed, file, tmp_path, folder=tmp_path, processes=1)
+    assert code == 0, told
+    runs = sorted(tmp_path.glob("killed-*"))
+    assert runs
+    for run in runs:
         assert weights(run, 10) == weights(tmp_path / "whole", 10)
 
 
