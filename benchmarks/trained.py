@@ -104,7 +104,7 @@ def page(rows: list[dict[str, Any]], held: Evaluation, took: dict[str, Any], mac
             f"![Held-out nats per residue over training]({figures_[0]})",
             "",
             "Its proteins beside real ones of the same lengths, by the Jensen-Shannon distance of their k-mers to",
-            "those of another half of the held-out proteins. `training` are proteins that it was trained on: a model that",
+            "those of another half of the held-out proteins. `training` are proteins that it was trained on: one that",
             "drew exactly what it was trained on would stand there, as families held out have another composition.",
             "",
             "| | calls of the network | " + " | ".join(f"{k}-mers" for k in KMERS) + " |",

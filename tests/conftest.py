@@ -19,6 +19,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it determ
 torch.set_num_threads(1)  # the tensors are tiny, and the workers of pytest-xdist share the cores
 
 
+# How long a program's guards take is measured at each compilation, for a log, with the caches emptied for it.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: collecting garbage, as many tests do, need not look at it each time."""
     gc.collect()

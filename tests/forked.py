@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -21,30 +22,32 @@ Ended = tuple[int, str]
 """Exit status, and all that was told."""
 
 
-def fresh(code: str, folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
-    """`python -c code`, in a folder that it may write to."""
-    (ended,) = _run([(_execute, (code, folder), dict(os.environ if environment is None else environment))], folder)
+def fresh(code: str, *arguments: object, folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
+    """`python -c code arguments`, in a folder."""
+    given = (code, [str(each) for each in arguments], folder)
+    (ended,) = _run([(_execute, given, dict(os.environ if environment is None else environment))])
     return ended
 
 
-def together(work: Callable[..., object], *arguments: Any, folder: Path, processes: int = 2) -> list[Ended]:
+def together(work: Callable[..., object], *arguments: Any, processes: int = 2) -> list[Ended]:
     """`work(*arguments)` in several, as torchrun starts them. It is a function of a module, as pickles want."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     where |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} if processes > 1 else {}
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
-    return _run([(work, arguments, {**os.environ, **where, **each}) for each in own], folder)
+    return _run([(work, arguments, {**os.environ, **where, **each}) for each in own])
 
 
-def _run(each: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, str]]], folder: Path) -> list[Ended]:
-    told = [folder / f"told-{number}.txt" for number in range(len(each))]
-    begun = [_forked().Process(target=_begin, args=(*one, path)) for one, path in zip(each, told, strict=True)]
-    for process in begun:
-        process.start()
-    for process in begun:
-        process.join(SECONDS)
-        process.kill()
-        process.join()
-    return [(int(process.exitcode or 0), path.read_text()) for process, path in zip(begun, told, strict=True)]
+def _run(each: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, str]]]) -> list[Ended]:
+    with tempfile.TemporaryDirectory() as folder:
+        told = [Path(folder, str(number)) for number in range(len(each))]
+        begun = [_forked().Process(target=_begin, args=(*one, path)) for one, path in zip(each, told, strict=True)]
+        for process in begun:
+            process.start()
+        for process in begun:
+            process.join(SECONDS)
+            process.kill()
+            process.join()
+        return [(int(process.exitcode or 0), path.read_text()) for process, path in zip(begun, told, strict=True)]
 
 
 @functools.cache
@@ -64,8 +67,9 @@ def _begin(work: Callable[..., object], arguments: tuple[Any, ...], environment:
     work(*arguments)
 
 
-def _execute(code: str, folder: Path) -> None:
+def _execute(code: str, arguments: list[str], folder: Path) -> None:
     os.chdir(folder)
+    sys.argv = ["-c", *arguments]
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 

@@ -47,7 +47,7 @@ for module in pkgutil.walk_packages(headway.__path__, "headway."):
 @pytest.mark.parametrize("code", ["import headway", IMPORT_ALL], ids=["headway", "every module of it"])
 def test_imports_no_optional_package(code: str, tmp_path: Path) -> None:
     code = f"import sys, torch\nbefore = set(sys.modules)\n{code}\nprint(*(set(sys.modules) - before))"
-    status, told = fresh(code, tmp_path)
+    status, told = fresh(code, folder=tmp_path)
     assert status == 0, told
     loaded = {name.partition(".")[0] for name in told.split()}
     assert "headway" in loaded
@@ -89,7 +89,7 @@ def test_an_import_or_a_swap_sets_nothing_for_the_process(code: str, tmp_path: P
     # Not the environment of this process, where what an import would set is set already.
     check = "after = settings()\nassert not [(a, b) for a, b in zip(before, after) if a != b]"
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "XDG_CACHE_HOME") if name in os.environ}
-    assert fresh(f"{SETTINGS}{code}\n{check}", tmp_path, environment) == (0, "")
+    assert fresh(f"{SETTINGS}{code}\n{check}", folder=tmp_path, environment=environment) == (0, "")
 
 
 def test_changelog_ends_at_this_version() -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from os import environ
 from pathlib import Path
 
 import pytest
+from forked import fresh
 
 ROOT = Path(__file__).parents[2]
 SHOWN = {
@@ -19,31 +17,14 @@ SHOWN = {
 """Something that each example prints, in order."""
 
 
-FORKED = """
-import os, torch
-for block in {blocks!r}:
-    if not os.fork():
-        exec(block, {{"__name__": "__main__"}})
-        print("ended", flush=True)
-        os._exit(0)
-    assert os.wait()[1] == 0
-"""
-
-
 @pytest.mark.parametrize("page", SHOWN)
 def test_each_example_runs_as_printed(page: str, tmp_path: Path) -> None:
-    """Each in a process of its own, which all have torch from one."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(blocks) == len(SHOWN[page])
-    code = FORKED.format(blocks=blocks)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**environ, "PYTHONPATH": str(ROOT / "src")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    *printed, _ = done.stdout.split("ended\n")
-    for said, shown in zip(printed, SHOWN[page], strict=True):
-        assert shown in said
+    for block, shown in zip(blocks, SHOWN[page], strict=True):
+        status, told = fresh(block, folder=tmp_path)
+        assert status == 0, told
+        assert shown in told
 
 
 def test_every_module_is_listed() -> None:

@@ -9,7 +9,6 @@ import importlib
 import io
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import fresh
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -803,8 +803,8 @@ def test_swapped_models_run_in_a_process_that_never_swapped(tmp_path):
         headway.swap(model.eval(), ids(2, 9))
         with torch.no_grad():
             torch.save((model, ids(2, 9), model(ids(2, 9))[0]), path)
-    done = subprocess.run([sys.executable, "-c", _LOADS, *paths], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    status, told = fresh(_LOADS, *paths, folder=tmp_path)
+    assert status == 0, told
 
 
 @pytest.mark.parametrize("other", ["sdpa", "eager"])

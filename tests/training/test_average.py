@@ -259,7 +259,7 @@ def sharded() -> None:
     dist.destroy_process_group()
 
 
-def test_shards_of_fsdp2_are_averaged_as_the_whole_is(tmp_path: Path) -> None:
+def test_shards_of_fsdp2_are_averaged_as_the_whole_is() -> None:
     """Two processes. What is gathered when the averages are put in or taken out does not keep the others."""
-    for code, told in together(sharded, folder=tmp_path):
+    for code, told in together(sharded):
         assert (code, told) == (0, "alike\n")

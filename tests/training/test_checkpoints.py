@@ -6,14 +6,13 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import fresh
 from torch import Tensor, nn
 
 from headway import RequestError
@@ -308,14 +307,10 @@ def test_a_run_goes_on_beside_a_damaged_one_and_leaves_it_where_it_is(kept: Chec
 # -- writing that ends half-way ---------------------------------------------------------------------------------------
 
 
-def run(code: str, *given: str) -> str:
-    path = f"import sys; sys.path[:0] = [{str(ROOT / 'src')!r}]\n"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    made = subprocess.run(
-        [sys.executable, "-c", path + code, *given], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert not made.returncode, made.stderr
-    return made.stdout
+def run(code: str, folder: Path) -> str:
+    status, told = fresh(f"import sys\n{code}", folder, folder=folder)
+    assert not status, told
+    return told
 
 
 FULL = """
@@ -337,7 +332,7 @@ for files, state in (({"x": torch.ones(100_000)}, {}), ({}, {"x": "x" * 200_000}
 
 def test_a_full_disk_is_one_clear_line_and_what_was_there_stays(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: writes of tensors, and of the state, fail half-way."""
-    told = run(FULL, str(tmp_path)).splitlines()
+    told = run(FULL, tmp_path).splitlines()
     assert len(told) == 2
     for line in told:
         assert "cannot write" in line
@@ -432,4 +427,4 @@ print(unfinished)
 
 
 def test_killed_at_fifty_random_moments_every_checkpoint_is_whole(tmp_path: Path) -> None:
-    assert int(run(KILLED, str(tmp_path))) > 5  # or it was never killed while it wrote
+    assert int(run(KILLED, tmp_path)) > 5  # or it was never killed while it wrote

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from forked import fresh
 from proteins.families import prepared, protein, records
 
 from headway_apps.proteins.alphabet import ESM, SEED
@@ -225,7 +226,7 @@ def run(code: str, *given: str) -> subprocess.Popen[str]:
 
 
 FULL = """
-import resource, signal
+import resource, signal, sys
 from pathlib import Path
 import headway_apps.proteins.data.shards as shards
 from headway_apps.proteins.errors import DataError
@@ -241,7 +242,7 @@ except DataError as error:
 
 def test_a_full_disk_is_one_clear_line_and_nothing_is_kept(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: writes fail half-way."""
-    told, _ = run(FULL, str(tmp_path / "folder")).communicate(timeout=60)
+    _, told = fresh(FULL, tmp_path / "folder", folder=tmp_path)
     assert "cannot write" in told
     assert "nothing was kept" in told
     assert list(tmp_path.iterdir()) == []

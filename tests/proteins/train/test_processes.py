@@ -40,15 +40,15 @@ def losses(run: Path) -> list[float]:
     ]
 
 
-def in_two(*words: str | Path, folder: Path) -> str:
+def in_two(*words: str | Path) -> str:
     """What two processes of a command tell, which succeeds."""
-    ended = together(app, [str(each) for each in words], folder=folder)
+    ended = together(app, [str(each) for each in words])
     told = "".join(told for _, told in ended)
     assert [code for code, _ in ended] == [0, 0], told
     return told
 
 
-def under_torchrun(*words: str | Path, folder: Path) -> str:
+def under_torchrun(*words: str | Path) -> str:
     done = command(*words, processes=2)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -58,7 +58,7 @@ def under_torchrun(*words: str | Path, folder: Path) -> str:
 def test_two_processes_do_what_one_does(file: Path, tmp_path: Path, shard: bool, run: Callable[..., str]) -> None:
     train(read(file), tmp_path / "one")
     shards = f"run.shard={str(shard).lower()}"
-    told = run("train", file, "--out", tmp_path / "two", "--set", shards, folder=tmp_path)
+    told = run("train", file, "--out", tmp_path / "two", "--set", shards)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert len(losses(tmp_path / "one")) == 5
     assert told.count("step 8 of 8") == 1, "one process tells"
@@ -71,7 +71,7 @@ def test_two_processes_do_what_one_does(file: Path, tmp_path: Path, shard: bool,
 
 
 def test_one_process_goes_on_with_what_two_began(file: Path, tmp_path: Path) -> None:
-    in_two("train", file, "--out", tmp_path / "two", "--set", "run.steps=4", folder=tmp_path)
+    in_two("train", file, "--out", tmp_path / "two", "--set", "run.steps=4")
     assert train(read(file), tmp_path / "two", resume=True).step == 8
     assert Checkpoints(tmp_path / "two" / "checkpoints").steps() == [4, 8]
 
@@ -108,7 +108,7 @@ def killed(file: Path, folder: Path) -> None:
 
 
 def test_a_run_that_is_killed_at_fifty_moments_is_the_run_that_was_not(file: Path, tmp_path: Path) -> None:
-    ((code, told),) = together(killed, file, tmp_path, folder=tmp_path, processes=1)
+    ((code, told),) = together(killed, file, tmp_path, processes=1)
     assert code == 0, told
     runs = sorted(tmp_path.glob("killed-*"))
     assert runs
