@@ -45,7 +45,7 @@ proteins-demo: $(BIN)/.proteins
 	$(BIN)/headway proteins report proteins-demo/run --out proteins-demo/report.html
 
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

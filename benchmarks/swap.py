@@ -117,9 +117,9 @@ def training(model: nn.Module, batch: Any, loss: Loss) -> Callable[[], None]:
 
     def step() -> None:
         model.train()
-        optimizer.zero_grad()
         loss(call(model, batch)).backward()
         optimizer.step()
+        optimizer.zero_grad()  # at the end: the other model's turn needs the room
 
     return step
 

@@ -1,4 +1,5 @@
-"""Processes that begin as a fresh one does, but for what takes long to import: each is forked from one that has it."""
+"""Processes that begin as a fresh one does, but for torch, which takes long to import: each is forked from one that has
+it, with this process's import path."""
 
 from __future__ import annotations
 
@@ -8,29 +9,32 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SECONDS = 120
+SECONDS = 300
 IMPORTED = ["torch._dynamo", "torch.distributed.fsdp"]
-"""Nothing of Headway's, nor anything that tests watch its imports for."""
+"""Nothing of Headway's. Tests of what is imported with torch's compiler need a process of their own."""
 Ended = tuple[int, str]
 """Exit status, and all that was told."""
 
 
 def fresh(code: str, *arguments: object, folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
-    """`python -c code arguments`, in a folder."""
+    """Runs code with arguments in a folder."""
     given = (code, [str(each) for each in arguments], folder)
     (ended,) = _run([(_execute, given, dict(os.environ if environment is None else environment))])
     return ended
 
 
 def together(work: Callable[..., object], *arguments: Any, processes: int = 2) -> list[Ended]:
-    """`work(*arguments)` in several, as torchrun starts them. It is a function of a module, as pickles want."""
+    """`work(*arguments)` in several, as torchrun starts them: if one fails the others are stopped."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     where |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} if processes > 1 else {}
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
@@ -43,11 +47,22 @@ def _run(each: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, str]
         begun = [_forked().Process(target=_begin, args=(*one, path)) for one, path in zip(each, told, strict=True)]
         for process in begun:
             process.start()
-        for process in begun:
-            process.join(SECONDS)
-            process.kill()
-            process.join()
+        _wait(begun)
         return [(int(process.exitcode or 0), path.read_text()) for process, path in zip(begun, told, strict=True)]
+
+
+def _wait(begun: Sequence[BaseProcess]) -> None:
+    """Until all have ended, or one has failed."""
+    until = time.monotonic() + SECONDS
+    while running := [each for each in begun if each.exitcode is None]:
+        wait([each.sentinel for each in running], until - time.monotonic())
+        late = time.monotonic() > until
+        if late or any(each.exitcode for each in begun):
+            for each in running:
+                each.kill()
+                each.join()
+        if late:
+            raise TimeoutError(f"a process took more than {SECONDS} s")
 
 
 @functools.cache

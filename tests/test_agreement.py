@@ -118,6 +118,7 @@ def assert_agrees(call: Call, case: Case, backend: str, *, learns: bool) -> None
     if case.dropout:
         return  # tests/test_dropout.py has the statistics
     got = run(call, backend, learns=learns)
+    assert not any(x._version for x in (call.q, call.k, call.v)), "inputs, which all backends share, were written into"
     if backend != "sage":
         judge_of(case.name, str(call.q.dtype).removeprefix("torch."), call.q.device.type, learns).verdict(got)
         return

@@ -132,14 +132,15 @@ def masks(draw: st.DrawFn, frame: Frame) -> Mask:
 
 
 def yes_and_no(draw: st.DrawFn, frame: Frame, most: int) -> Mask:
-    """Of `most` parts or fewer."""
-    joined = draw(st.sampled_from(["", "", "~", "&", "|"])) if most > 1 else ""
-    if not joined:
-        return LEAVES[draw(st.sampled_from(list(LEAVES)))](draw, frame)
-    if joined == "~":
-        return ~yes_and_no(draw, frame, most - 1)
-    one, other = (yes_and_no(draw, frame, most // 2) for _ in range(2))
-    return one & other if joined == "&" else one | other
+    """Of `most` leaves or fewer, each and what is joined of them turned round or not."""
+    joined = draw(st.sampled_from(["", "&", "|"])) if most > 1 else ""
+    if joined:
+        left = draw(st.integers(1, most - 1))
+        one, other = yes_and_no(draw, frame, left), yes_and_no(draw, frame, most - left)
+        mask = one & other if joined == "&" else one | other
+    else:
+        mask = LEAVES[draw(st.sampled_from(list(LEAVES)))](draw, frame)
+    return ~mask if draw(st.integers(0, 3)) == 3 else mask
 
 
 def near(draw: st.DrawFn) -> int | None:

@@ -27,8 +27,9 @@ def _no_programs_left() -> Iterator[None]:
 
 
 COMPILED: dict[str, tuple[Callable[[], Mask | None], dict[str, Any]]] = {
-    "none, softcap": (lambda: None, {"softcap": 2.0, "scale": -0.3}),
-    "documents & window": (lambda: Documents([100, 0, 60]) & Window(20, 3), {}),
+    "none": (lambda: None, {}),
+    "documents & padding, rows of nothing": (lambda: Documents([100, 0, 60]) & Padding([0, 130]), {}),
+    "window, softcap": (lambda: Window(20, 3), {"softcap": 2.0, "scale": -0.3}),
     "bias & alibi": (lambda: Bias(Source("bias").normal(160, 160).float()) & Alibi(torch.tensor([0.1, 0.2])), {}),
 }
 

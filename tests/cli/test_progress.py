@@ -7,6 +7,7 @@ import logging
 import pytest
 from typer.testing import CliRunner
 
+from headway.choice import child
 from headway.cli import app
 
 RUN = CliRunner()
@@ -25,7 +26,8 @@ def test_a_terminal_is_told_what_a_proof_is_at() -> None:
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
-def test_doctor_says_what_it_does_where_nobody_sees_a_spinner(form: list[str]) -> None:
+def test_doctor_says_what_it_does_where_nobody_sees_a_spinner(form: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "run", lambda *_, **__: child.Outcome(None))  # which is seconds
     done = RUN.invoke(app, ["doctor", "--backend", "reference", *form])
     assert done.stderr.splitlines() == ["running each backend once, in a process of its own", "trying reference on cpu"]
     assert "trying" not in done.stdout

@@ -14,8 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention
 
 from headway.shims import flash_attn, install, installed, uninstall
 
-SRC = Path(__file__).parents[2] / "src"
-
 
 def llama(attention: str, **more: Any) -> LlamaForCausalLM:
     config = LlamaConfig(

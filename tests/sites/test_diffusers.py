@@ -179,7 +179,8 @@ for name, held in before.items():
 assert registry._active_backend is active
 assert not registry._is_context_parallel_available(made)
 """
-    assert fresh(script, folder=tmp_path)[0] == 0
+    status, told = fresh(script, folder=tmp_path)
+    assert status == 0, told
 
 
 def test_as_the_default_of_a_block_of_code(monkeypatch):
@@ -212,7 +213,8 @@ name = pickle.loads({data!r})
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 assert registry._backends[name].__module__ == "headway.sites.diffusers"
 """
-    assert fresh(script, folder=tmp_path)[0] == 0
+    status, told = fresh(script, folder=tmp_path)
+    assert status == 0, told
 
 
 def test_compiles_in_one_graph():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from waiting import no_waiting
 
 from headway import RequestError
 from headway_apps.training.average import Average
-
-ROOT = Path(__file__).parents[2]
 
 
 class Odd(nn.Module):

@@ -20,7 +20,6 @@ from headway_apps.training import checkpoints, folders
 from headway_apps.training.checkpoints import Checkpoints
 from headway_apps.training.errors import CheckpointError
 
-ROOT = Path(__file__).parents[2]
 STATE = {
     "rng": [2**63, 2**64 - 1],
     "place": {"at": 3, "text": "ü\u2028"},

@@ -242,7 +242,8 @@ except DataError as error:
 
 def test_a_full_disk_is_one_clear_line_and_nothing_is_kept(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: writes fail half-way."""
-    _, told = fresh(FULL, tmp_path / "folder", folder=tmp_path)
+    status, told = fresh(FULL, tmp_path / "folder", folder=tmp_path)
+    assert status == 0, told
     assert "cannot write" in told
     assert "nothing was kept" in told
     assert list(tmp_path.iterdir()) == []

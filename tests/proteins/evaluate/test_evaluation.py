@@ -17,7 +17,9 @@ from headway import RequestError
 from headway_apps.proteins.cli import app
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.errors import DataError, WeightsError
+from headway_apps.proteins.evaluate.attention import attention_of
 from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate
+from headway_apps.proteins.model.config import DiTConfig
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +182,12 @@ def test_a_text_is_no_file_of_samples(data: Prepared, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["evaluate", str(tmp_path), *asked])
     assert done.exit_code == 1
     assert "notes.txt, each of whose 2 sequences has letters that no protein has, takes FASTA" in done.stderr
+
+
+@pytest.mark.usefixtures("flex_uncompiled")
+def test_attention_is_told_for_a_kernel_that_takes_filler_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWAY_BACKEND", "flex")
+    config = DiTConfig(width=64, blocks=1, heads=2, cond=8, embedded=33, scored=33, mask=32)
+    told = attention_of(config, [400, 5, 256], "cpu")
+    assert (told.backend, told.layout) == ("flex", "packed end to end")
+    assert "length 768" in told.whole

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import fresh
 from test_packaging import SETTINGS
 
-SRC = Path(__file__).parents[3] / "src"
 ABSENT = ("flash_attn", "triton", "xformers", "einops", "omegaconf", "wandb", "matplotlib", "seaborn")
 OURS = ("safetensors", "pyarrow", "numpy")
 """Of the proteins extra, but not needed here."""
 
 RUN = f"""
 import sys
-sys.path.insert(0, {str(SRC)!r})
 sys.modules.update(dict.fromkeys({ABSENT!r}))
 {SETTINGS}
 fusers = lambda: (torch._C._jit_can_fuse_on_cpu(), torch._C._jit_can_fuse_on_gpu(),
@@ -36,8 +33,6 @@ assert fusers() == flags
 
 
 EVERY_MODULE = f"""
-import sys
-sys.path.insert(0, {str(SRC)!r})
 {SETTINGS}
 import accelerate.utils, matplotlib, pyarrow, pydantic, safetensors.torch, yaml
 import torch.distributed.checkpoint.state_dict, torch.distributed.tensor
@@ -54,10 +49,8 @@ print(*{{"flash_attn", "wandb", "trackio", "tensorboard", "seaborn", "transforme
 
 
 @pytest.mark.parametrize("code", [RUN, EVERY_MODULE], ids=["the network", "every module"])
-def test_it_runs_without_packages_of_others_and_sets_nothing_for_the_process(code: str) -> None:
+def test_it_runs_without_packages_of_others_and_sets_nothing_for_the_process(code: str, tmp_path: Path) -> None:
     """The original's import set four flags of PyTorch's fuser, and died where flash-attn was not."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/",
-        env={name: os.environ[name] for name in ("PATH", "HOME", "XDG_CACHE_HOME") if name in os.environ},
-    )  # fmt: skip
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "XDG_CACHE_HOME") if name in os.environ}
+    status, told = fresh(code, folder=tmp_path, environment=environment)
+    assert (status, told.strip()) == (0, "")

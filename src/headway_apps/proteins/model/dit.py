@@ -139,7 +139,7 @@ class DiT(nn.Module):
         """
         # Lengths have to be read, which breaks a graph. As a decorator this would import the compiler for everybody.
         of = torch.compiler.disable(Packed.of) if is_compiling() else Packed.of
-        return of(lengths, self._queries(tokens.numel()))
+        return of(lengths, self._queries(tokens.numel()), traced=is_compiling())
 
     def not_recordable(self, lengths: Sequence[int]) -> str | None:
         """Why passes over batches such as of these lengths cannot be recorded, under this autocast."""

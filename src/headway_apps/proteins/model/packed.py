@@ -36,11 +36,12 @@ class Packed:
     is_rows: bool
     """Whether all documents are of one length, and so rows of a batch as they lie."""
     filler: int = 0
-    """Tokens of one more document for attention, where its kernel is compiled for each length."""
+    """Tokens of more documents for attention, where its kernel is compiled for each length: it meets few lengths."""
 
     @classmethod
-    def of(cls, lengths: Tensor, like: Tensor) -> Packed:
+    def of(cls, lengths: Tensor, like: Tensor, *, traced: bool = False) -> Packed:
         """For queries such as `like`, (1, heads, T, size). Lengths on a GPU are read once here, which waits for it.
+        `traced` says that attention will be part of a larger program, in which T is a symbol.
 
         Where no kernel knows documents, as on CPU and on GPUs before sm80, a mask of them would be a square of all
         tokens. There they meet as rows of a batch with filler, unless some are so much longer that this were more work.
@@ -57,9 +58,9 @@ class Packed:
         knows = _knowing(documents, like)
         mask: Mask = documents
         places, filler = None, 0
-        if knows == "flex":
+        if knows == "flex" and total and not traced:
             filler = _rounded(total) - total
-            mask = Documents([*counts, filler])
+            mask = Documents([*counts, *([longest] * (filler // longest)), filler % longest])
         elif knows is None and len(counts) * longest**2 <= total**2:
             mask, places = Padding(host), (document * longest + positions).to(device, non_blocking=True)
         document, positions = (x.to(device, non_blocking=True) for x in (document, positions))
@@ -106,12 +107,12 @@ def _knowing(documents: Documents, like: Tensor) -> str | None:
 
 
 def _rounded(tokens: int) -> int:
-    """So many or up to an eighth more: one of few numbers, whatever batches come."""
-    step = max(LEAST_STEP, 1 << (tokens.bit_length() - 4))
+    """64, 128, 192, 256, 384 ...: few numbers, and of many tokens no more than half as many again."""
+    step = max(LEAST_STEP, 1 << max(tokens.bit_length() - 2, 0))
     return step * math.ceil(tokens / step)
 
 
-LEAST_STEP = 128
+LEAST_STEP = 64
 PACKED = frozenset({"flash2", "flash3", "flash4", "torch-varlen"})
 """Kernels that read where documents begin from the device, at each call. Others compile for it, or read it first."""
 
