@@ -44,8 +44,11 @@ proteins-demo: $(BIN)/.proteins
 		--samples proteins-demo/run/samples.fasta
 	$(BIN)/headway proteins report proteins-demo/run --out proteins-demo/report.html
 
+# Asserts as Python has them, which are not taken apart before each runs; those that failed are run again taken apart.
+# Bytecode is kept, as many tests start a process.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(BIN)/.installed
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest --assert=plain -n $(WORKERS) || { $(BIN)/python -m pytest --last-failed; exit 1; }
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -204,7 +204,7 @@ def test_few_programs_for_many_lengths(name: str, how: str) -> None:
         fullgraph=True,
         dynamic=True if how == "dynamic=True" else None,
     )
-    for length in (9, 17, 33, 50, 77, 100, 127):
+    for length in (9, 33, 77, 100, 127):
         q, k, v = draw(2, HEADS, length, 16, learns=True)
         if how == "mark_dynamic":
             for x in (q, k, v):

@@ -48,15 +48,17 @@ def aligns(frame: Frame) -> st.SearchStrategy[str | None]:
     return st.sampled_from(named if frame.q_len != frame.kv_len else (None, *named))
 
 
-@st.composite
+# Functions that draw, and no strategies: one that is made for a frame is looked through before it is used, which takes
+# longer than all that it draws.
+
+
 def cuts(draw: Draw, total: int, count: int) -> list[int]:
     """`count` lengths of 0 or more that add up to `total`."""
-    at = sorted(draw(st.lists(st.integers(0, total), min_size=count - 1, max_size=count - 1)))
+    at = sorted(draw(st.integers(0, total)) for _ in range(count - 1))
     return [b - a for a, b in zip([0, *at], [*at, total], strict=True)]
 
 
-@st.composite
-def leaves(draw: Draw, frame: Frame, structured: bool = False) -> Pair:
+def leaf(draw: Draw, frame: Frame, structured: bool = False) -> Pair:
     """One mask of one kind; `structured` leaves out those that say nothing of whole tiles."""
     kinds = ["full", "causal", "window", "prefix", "prefixes", "documents", "cross", "padding", "real"]
     kinds += ["tree"] * (frame.q_len <= frame.kv_len) + ["dense", "predicate"] * (not structured)
@@ -69,41 +71,38 @@ def leaves(draw: Draw, frame: Frame, structured: bool = False) -> Pair:
         align = draw(aligns(frame))
         return Pair(Causal(align=align), by_hand.causal(frame, align))
     if kind == "window":
-        align, size = draw(aligns(frame)), st.none() | st.integers(0, frame.kv_len + 1) | st.just(2**40)
-        left, right = draw(size), draw(size)
+        align = draw(aligns(frame))
+        # -1 is no bound, and the last is far out
+        sizes = [draw(st.integers(-1, frame.kv_len + 2)) for _ in range(2)]
+        left, right = (None if size < 0 else 2**40 if size == frame.kv_len + 2 else size for size in sizes)
         return Pair(Window(left, right, align=align), by_hand.window(frame, left, right, align))
     if kind == "prefix":
         n = draw(keys)
         return Pair(Prefix(n), by_hand.prefix(n))
     if kind == "prefixes":
-        each = draw(st.lists(keys, min_size=rows, max_size=rows))
+        each = [draw(keys) for _ in range(rows)]
         return Pair(Prefix(torch.tensor(each)), by_hand.prefix(each))
     if kind in ("documents", "cross"):
         count = draw(st.integers(1, 4))
-        lengths, kv_lengths = draw(cuts(frame.q_len, count)), draw(cuts(frame.kv_len, count))
+        lengths, kv_lengths = cuts(draw, frame.q_len, count), cuts(draw, frame.kv_len, count)
         if kind == "documents" and frame.q_len == frame.kv_len:
             return Pair(Documents(lengths), by_hand.documents(lengths))
         return Pair(Documents(lengths, kv_lengths), by_hand.documents(lengths, kv_lengths))
     if kind == "padding":
-        side, each = draw(st.sampled_from(("left", "right"))), draw(st.lists(keys, min_size=rows, max_size=rows))
+        side, each = draw(st.sampled_from(("left", "right"))), [draw(keys) for _ in range(rows)]
         return Pair(Padding(each, side=side), by_hand.padding(frame, each, side))
     if kind == "real":
-        real = draw(
-            st.lists(
-                st.lists(st.booleans(), min_size=frame.kv_len, max_size=frame.kv_len), min_size=rows, max_size=rows
-            )
-        )
+        real = [[draw(st.booleans()) for _ in range(frame.kv_len)] for _ in range(rows)]
         return Pair(Padding(torch.tensor(real)), lambda b, h, q, k: real[b if rows > 1 else 0][k])
     if kind == "tree":
         count = draw(st.integers(1, 4))
-        lengths = draw(cuts(frame.kv_len, count))
+        lengths = cuts(draw, frame.kv_len, count)
         parents = [draw(st.integers(-1, i - 1)) for i in range(count)]
         align = draw(aligns(frame))
         return Pair(Tree(parents, lengths, align=align), by_hand.tree(frame, parents, lengths, align))
     if kind == "dense":
         shape = [draw(st.sampled_from((1, n))) for n in (frame.batch, frame.heads, frame.q_len, frame.kv_len)]
-        cells = draw(st.lists(st.booleans(), min_size=(n := torch.Size(shape).numel()), max_size=n))
-        may = torch.tensor(cells).view(shape)
+        may = torch.tensor([draw(st.booleans()) for _ in range(torch.Size(shape).numel())]).view(shape)
         whole = may.expand(frame.batch, frame.heads, frame.q_len, frame.kv_len).tolist()
         return Pair(Dense(may), lambda b, h, q, k: whole[b][h][q][k])
     return Pair(
@@ -112,17 +111,26 @@ def leaves(draw: Draw, frame: Frame, structured: bool = False) -> Pair:
     )
 
 
-def pairs(frame: Frame, structured: bool = False) -> st.SearchStrategy[Pair]:
+@st.composite
+def leaves(draw: Draw, frame: Frame, structured: bool = False) -> Pair:
+    return leaf(draw, frame, structured)
+
+
+@st.composite
+def pairs(draw: Draw, frame: Frame, structured: bool = False) -> Pair:
     """Any mask, joined from up to four."""
-    return st.recursive(
-        leaves(frame, structured),
-        lambda more: st.one_of(
-            st.builds(both, more, more),
-            st.builds(either, more, more),
-            st.builds(opposite, more),
-        ),
-        max_leaves=4,
-    )
+    return joined(draw, frame, structured, 4)
+
+
+def joined(draw: Draw, frame: Frame, structured: bool, most: int) -> Pair:
+    """Of `most` leaves or fewer, each and what is joined of them turned round or not."""
+    how = draw(st.sampled_from((None, both, either))) if most > 1 else None
+    if how is None:
+        pair = leaf(draw, frame, structured)
+    else:
+        left = draw(st.integers(1, most - 1))
+        pair = how(joined(draw, frame, structured, left), joined(draw, frame, structured, most - left))
+    return opposite(pair) if draw(st.integers(0, 3)) == 3 else pair
 
 
 def both(one: Pair, other: Pair) -> Pair:

@@ -17,7 +17,7 @@ from headway.masks import Causal, Documents, Frame
 @settings(deadline=None, max_examples=80)
 def test_documents(data: st.DataObject) -> None:
     q_len, kv_len, count = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)))
-    lengths, kv_lengths = data.draw(cuts(q_len, count)), data.draw(cuts(kv_len, count))
+    lengths, kv_lengths = cuts(data.draw, q_len, count), cuts(data.draw, kv_len, count)
     frame = Frame(q_len, kv_len, batch=2)
     truth = by_hand.table(frame, by_hand.documents(lengths, kv_lengths))
     assert torch.equal(Documents(lengths, kv_lengths).to_bool(frame).expand_as(truth), truth)
@@ -39,7 +39,7 @@ def test_documents(data: st.DataObject) -> None:
 def test_to_cu_seqlens(data: st.DataObject) -> None:
     """Rows of the batch end to end: between two starts lie the tokens that may see each other, and no others."""
     q_len, kv_len, count = data.draw(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(1, 4)))
-    lengths, kv_lengths = data.draw(cuts(q_len, count)), data.draw(cuts(kv_len, count))
+    lengths, kv_lengths = cuts(data.draw, q_len, count), cuts(data.draw, kv_len, count)
     batch = data.draw(st.integers(1, 3))
     cu_q, cu_k, longest_q, longest_k = Documents(lengths, kv_lengths).to_cu_seqlens(Frame(q_len, kv_len, batch))
     assert cu_q.dtype == cu_k.dtype == torch.int32
