@@ -16,6 +16,7 @@ from headway.backends import flex
 door = importlib.import_module("headway.attention")  # `headway.attention` itself is the function of that name
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic algorithms refuse on CUDA
+os.environ.pop("HEADWAY_BACKEND", None)
 torch.set_num_threads(1)  # the tensors are tiny, and the workers of pytest-xdist share the cores
 
 
@@ -25,9 +26,11 @@ torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: collecting garbage, as many tests do, need not look at it each time."""
+    """What was imported stays: collecting garbage, as many tests do, need not look at it each time. It is looked for
+    less often than in processes that live long."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:
@@ -48,10 +51,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plan, environment or random state is left over from another test."""
-    monkeypatch.delenv("HEADWAY_BACKEND", raising=False)
+def pytest_runtest_setup() -> None:
+    """No plan or random state is left over from another test. A fixture for it would take longer than it does."""
     door._PLANS.clear()
     # torch.manual_seed writes down a stack for a GPU that may come: half the time of a small test.
     torch.default_generator.manual_seed(0)
