@@ -85,11 +85,12 @@ SDPA = {
     "numbers": ATTN["numbers"],
     "bool, all axes": torch.stack([~AHEAD.roll(i, 1) for i in range(4)]).view(2, 2, LENGTH, LENGTH),
     "numbers, keys": torch.randn(BATCH, 1, 1, LENGTH, dtype=torch.float64),
+    "none": None,
 }
 
 
 @pytest.mark.parametrize("given", SDPA.values(), ids=SDPA)
-def test_sdpa(given: Tensor) -> None:
+def test_sdpa(given: Tensor | None) -> None:
     q, k, v = torch.randn(3, BATCH, HEADS, LENGTH, 4, dtype=torch.float64)
     want = functional.scaled_dot_product_attention(q, k, v, attn_mask=given)
     torch.testing.assert_close(softmax_with(from_sdpa(given), q, k, v), want)

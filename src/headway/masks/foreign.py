@@ -9,15 +9,18 @@ from headway.errors import MaskError
 from headway.masks.base import Mask, shape_of
 from headway.masks.bias import Bias
 from headway.masks.dense import Dense
+from headway.masks.full import Full
 from headway.masks.padding import Padding
 
 
-def from_sdpa(attn_mask: Tensor) -> Mask:
-    """`F.scaled_dot_product_attention`'s mask: bool with True = may attend, or numbers added to scores.
+def from_sdpa(attn_mask: Tensor | None) -> Mask:
+    """`F.scaled_dot_product_attention`'s mask: bool with True = may attend, numbers added to scores, or None for none.
 
     >>> from_sdpa(torch.ones(2, 2, dtype=torch.bool))
     Dense(bool[2, 2])
     """
+    if attn_mask is None:
+        return Full()
     _yes_or_numbers(attn_mask, "attn_mask", "may")
     return Dense(attn_mask) if attn_mask.dtype == torch.bool else Bias(attn_mask)
 
