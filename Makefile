@@ -48,7 +48,7 @@ proteins-demo: $(BIN)/.proteins
 # Bytecode is kept, as many tests start a process.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest --assert=plain -n $(WORKERS) || { $(BIN)/python -m pytest --last-failed; exit 1; }
+	$(BIN)/python -m pytest --assert=plain -n $(WORKERS) || { $(BIN)/python -m pytest --last-failed --last-failed-no-failures=none; exit 1; }
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
