@@ -66,7 +66,10 @@ def torch_encoder() -> tuple[nn.Module, Any, Any, Loss]:
 
 
 def llama(attention: str, padded: bool) -> tuple[nn.Module, Any, Any, Loss]:
-    """Llama-3.2-3B's shape: 28 layers of 3,072, 24 query heads to 8 key heads, on 4 texts of 2,048 tokens; eager, whose weights fill the memory, on 2."""
+    """Llama-3.2-3B's shape: 28 layers of 3,072, 24 query heads to 8 key heads, on 4 texts of 2,048 tokens.
+
+    Eager attention, whose weights fill the memory, on 2.
+    """
     config = transformers.LlamaConfig(
         hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
         head_dim=128, vocab_size=128256, max_position_embeddings=8192, use_cache=False,
@@ -85,8 +88,9 @@ def llama(attention: str, padded: bool) -> tuple[nn.Module, Any, Any, Loss]:
             inputs["attention_mask"] = (torch.arange(length, device="cuda") >= length - lengths[:, None]).long()
         return inputs
 
+    batch = texts(2 if attention == "eager" else 4, 2048)
     # The mean of all logits would be 4 GiB of float32; the hidden path is what attention is in.
-    return model, texts(2, 256), texts(2 if attention == "eager" else 4, 2048), lambda out: out.logits[:, ::16].float().square().mean()
+    return model, texts(2, 256), batch, lambda out: out.logits[:, ::16].float().square().mean()
 
 
 CASES: dict[str, Callable[[], tuple[nn.Module, Any, Any, Loss]]] = {

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import headway
+from headway import Causal, Documents, Full, Mask, Padding, Prefix, Window
 from headway.cli import app
+from headway.cli.mask_words import ALIGNED, SAMPLES
 
 RUN = CliRunner()
 
@@ -57,7 +61,10 @@ def test_what_it_does_not_know_is_a_usage_error(arguments: tuple[str, ...], said
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--mask", "causal and padding"), "takes terms joined by &: 'causal & padding'"),
+        (("--mask", "causal and padding"), "takes kinds joined by &, | and ~, such as 'causal & padding'"),
+        (("--mask", "causal &"), "takes kinds joined by &, | and ~, such as"),
+        (("--mask", "and"), "takes kinds joined by &, | and ~, such as"),
+        (("--mask", "causal + prefix"), "takes kinds joined by &, | and ~, such as"),
         (("--mask", "cusal"), "did you mean 'causal'?"),
         (("--dtype", "bfloat61"), "did you mean 'bfloat16'?"),
     ],
@@ -70,3 +77,33 @@ def test_a_slip_is_told_what_was_meant(arguments: tuple[str, ...], says: str) ->
 
 def test_dtypes_have_short_names() -> None:
     assert explain("--dtype", "bf16") == explain("--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_kind_of_mask_can_be_said(name: str) -> None:
+    code, text = explain("--q-len", "6", "--kv-len", "8", "--mask", name)
+    if name in ALIGNED:
+        assert code == 2
+    else:
+        assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    ("words", "mask"),
+    [
+        ("causal | prefix", Causal() | Prefix(1)),
+        ("~causal", ~Causal()),
+        ("causal & ~(documents | padding)", Causal() & ~(Documents([8, 8]) | Padding([8]))),
+        ("causal & window & documents", Causal() & Window(0, 0) & Documents([8, 8])),
+        ("documents & ~full", Documents([8, 8]) & ~Full()),
+    ],
+)
+def test_words_are_the_call_that_they_describe(words: str, mask: Mask) -> None:
+    q = torch.empty(1, 8, 16, 64)
+    assert explain("--q-len", "16", "--mask", words)[1].strip() == str(headway.explain(q, q, q, mask)).strip()
+
+
+def test_a_device_that_is_not_here_is_no_unknown_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    done = RUN.invoke(app, ["explain", "--device", "cuda"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert "got the device 'cuda', which is not on this machine; takes cpu" in done.output

@@ -48,11 +48,11 @@ KINDS = {
     "prefix-lm, each": (
         SQUARE, lambda f: or_else(by_hand.causal(f), by_hand.prefix([3, 5])), "Causal(align=None) | Prefix(int32[2])"
     ),
-    "documents": (SQUARE, lambda f: by_hand.documents(PACKED), "Documents(3 of at most 3, 6 tokens)"),
+    "documents": (SQUARE, lambda f: by_hand.documents(PACKED), "Documents(3 of up to 3 tokens, 6 in all)"),
     "causal documents": (
         SQUARE,
         lambda f: and_then(by_hand.causal(f), by_hand.documents(PACKED)),
-        "Causal(align=None) & Documents(3 of at most 3, 6 tokens)",
+        "Causal(align=None) & Documents(3 of up to 3 tokens, 6 in all)",
     ),
     "padding": (SQUARE, lambda f: by_hand.padding(f, [3, 6]), "Padding(int64[2], side='right')"),
     "padding, left": (WIDE, lambda f: by_hand.padding(f, [3, 6], "left"), "Padding(int64[2], side='left')"),

@@ -1,4 +1,4 @@
-"""What README.md, docs/flash_attn.md and docs/xformers.md show runs, and what the two list is what there is."""
+"""What README.md and pages of docs/ show runs, and what those of the shims list is what there is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from forked import fresh
 ROOT = Path(__file__).parents[2]
 SHOWN = {
     "README.md": ("2 swapped, 0 left alone", "first in order that takes the call", "■ ■ · ·", "nothing to report"),
+    "docs/masks.md": ("■ · · ·\n■ ■ · ·\n· ■ ■ ·\n· · ■ ■\n■ ■ ■ ·\n■ ■ ■ ■\n",),
     "docs/flash_attn.md": ("flash_attn: Headway answers, as", "[1, 4, 64]"),
     "docs/xformers.md": ("[(1, 5, 4, 32), (1, 1, 4, 32), (1, 9, 4, 32)]",),
 }

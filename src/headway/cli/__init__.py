@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,19 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         own = super().get_command(ctx, cmd_name)
         entries = () if own is not None else entry_points(group="headway.commands", name=cmd_name)
-        return next((typer.main.get_command(entry.load()) for entry in entries), own)
+        found = next((typer.main.get_command(entry.load()) for entry in entries), own)
+        if found is None and _is_application(f"headway_apps.{cmd_name}"):
+            typer.echo(
+                f"got {cmd_name}, which is a command where headway is installed (pip install .), and here it is not;"
+                f" python -m headway_apps.{cmd_name} does the same",
+                err=True,
+            )
+            raise typer.Exit(2)
+        return found
+
+
+def _is_application(package: str) -> bool:
+    return package.count(".") == 1 and find_spec(package) is not None and find_spec(f"{package}.__main__") is not None
 
 
 app = typer.Typer(

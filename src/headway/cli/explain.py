@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import operator
-from functools import reduce
 from typing import Annotated
 
 import torch
 import typer
 
 from headway.attention import asked_backend
-from headway.backends.registry import BACKENDS
 from headway.choice.choose import choose
 from headway.choice.here import here
 from headway.cli.examine import all_devices
+from headway.cli.mask_words import ALIGNED, SAMPLES, in_words
 from headway.cli.models import SHORT
-from headway.errors import UnknownNameError
+from headway.errors import HeadwayError, UnknownNameError
 from headway.limits.request import CONTRACTS, Request
+from headway.masks.frame import Frame
+from headway.masks.terms import rows_may_be_empty, terms
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-MASK_WORDS: tuple[str, ...] = tuple(
-    sorted(reduce(operator.or_, (kinds for backend in BACKENDS for kinds in backend.masks.native)))
-)
-"""Kinds of mask terms that some backend knows by name."""
+KINDS = ", ".join(name for name in SAMPLES if name not in ALIGNED and not name.endswith(("-left", "-right")))
+MASK = f"Kinds joined by &, | and ~, of: {', '.join(ALIGNED)} (each with -lower-right or -upper-left too), {KINDS}."
 
 
 def command(
@@ -35,7 +33,7 @@ def command(
     batch: Annotated[int, typer.Option(min=0)] = 1,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
     device: Annotated[str, typer.Option(help="A device of this machine.")] = "cpu",
-    mask: Annotated[str, typer.Option(help=f"Kinds of terms joined by &, of: {', '.join(MASK_WORDS)}.")] = "",
+    mask: Annotated[str, typer.Option(help=MASK)] = "",
     empty_rows: Annotated[bool, typer.Option("--empty-rows", help="Some query may see nothing.")] = False,
     backward: Annotated[bool, typer.Option("--backward", help="Gradients of q, k and v are wanted.")] = False,
     mask_gradient: Annotated[bool, typer.Option("--mask-gradient", help="A gradient of the bias is wanted.")] = False,
@@ -56,28 +54,21 @@ def command(
         raise typer.BadParameter(
             f"got {heads} heads and {kv_heads} key heads; takes a whole number of the first to each"
         )
-    bare = {"causal", "window"} & {word.strip() for word in mask.split("&")}
-    if kv_len not in (None, q_len) and bare:
-        word = min(bare)
-        raise typer.BadParameter(
-            f"got {word} on {q_len} queries and {kv_len} keys, which has two readings;"
-            f" takes {word}-lower-right or {word}-upper-left"
-        )
-    if " and " in mask:
-        raise typer.BadParameter(f"got {mask!r}, takes terms joined by &: {mask.replace(' and ', ' & ')!r}")
+    frame = Frame(q_len, q_len if kv_len is None else kv_len, batch, heads)
     try:
+        said = in_words(mask, frame)
         request = Request(
             batch=batch,
             heads=heads,
             kv_heads=kv_heads,
             q_len=q_len,
-            kv_len=q_len if kv_len is None else kv_len,
+            kv_len=frame.kv_len,
             head_dim=head_dim,
             value_dim=head_dim if value_dim is None else value_dim,
             dtype=_known("dtype", SHORT.get(dtype, dtype), DTYPES),
-            device=_known("device", device, all_devices(), unless=device == "cuda").partition(":")[0],
-            mask=frozenset(_known("mask", word.strip(), MASK_WORDS) for word in mask.split("&") if word.strip()),
-            rows_may_be_empty=empty_rows,
+            device=_here(device).type,
+            mask=terms(said, frame).kinds(frame),
+            rows_may_be_empty=empty_rows or rows_may_be_empty(said, frame),
             mask_needs_grad=mask_gradient,
             dropout=dropout,
             softcap=softcap,
@@ -87,15 +78,22 @@ def command(
             compiled=compiled,
             require=frozenset(_known("contract", word, CONTRACTS) for word in require or ()),
         )
-        decision = choose(request, here(torch.device(device)), asked_backend(backend))
-    except UnknownNameError as error:
+        decision = choose(request, here(_here(device)), asked_backend(backend))
+    except HeadwayError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(str(decision))
     if decision.chosen is None:
         raise typer.Exit(1)
 
 
-def _known(what: str, name: str, known: tuple[str, ...], unless: bool = False) -> str:
-    if name not in known and not (unless and torch.cuda.is_available()):
+def _here(device: str) -> torch.device:
+    there = all_devices()
+    if device not in there and f"{device}:0" not in there:
+        raise typer.BadParameter(f"got the device {device!r}, which is not on this machine; takes {', '.join(there)}")
+    return torch.device(device)
+
+
+def _known(what: str, name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
         raise UnknownNameError(what, name, known)
     return name

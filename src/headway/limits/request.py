@@ -123,4 +123,8 @@ class Request:
 
 
 def mask_words(kinds: frozenset[str]) -> str:
-    return " & ".join(sorted(kinds)) or "none"
+    """
+    >>> mask_words(frozenset({"or", "causal"}))
+    'causal & or(...)'
+    """
+    return " & ".join(sorted(f"{kind}(...)" if kind in ("and", "or", "not") else kind for kind in kinds)) or "none"

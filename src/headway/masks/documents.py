@@ -121,7 +121,7 @@ class Documents(Mask):
         With `longest` and `total` given nothing is read back from the device, and they are taken at their word.
 
         >>> Documents.from_cu_seqlens(torch.tensor([0, 2, 3]))
-        Documents(2 of at most 2, 3 tokens)
+        Documents(2 of up to 2 tokens, 3 in all)
         """
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or not holds_integers(cu_seqlens):
             raise MaskError(f"got cu_seqlens {shape_of(cu_seqlens)}, takes 1-D integers from 0 to the total")
@@ -145,8 +145,8 @@ class Documents(Mask):
 
     def __repr__(self) -> str:
         queries, keys = self.queries, self.keys
-        other = "" if self.one_packing else f"; keys of at most {keys.longest}, {keys.total} tokens"
-        return f"Documents({queries.starts.numel() - 1} of at most {queries.longest}, {queries.total} tokens{other})"
+        other = "" if self.one_packing else f"; keys of up to {keys.longest} tokens, {keys.total} in all"
+        return f"Documents({queries.count} of up to {queries.longest} tokens, {queries.total} in all{other})"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

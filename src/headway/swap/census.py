@@ -53,12 +53,21 @@ def _plan(ticket: Ticket) -> str:
 def _line(ticket: Ticket) -> str:
     if not ticket.swapped:
         return f"  {_name(ticket)}  {ticket.kind}: left alone, because {ticket.because}"
+    # The runs of a proof are not counted: what it alone has met is named without a number.
     chosen = Counter({decision.backend().name: 0 for decision in ticket.decisions.values()})
     chosen.update(ticket.runs)
-    ran = [f"{backend} ({count} runs)" for backend, count in chosen.most_common()]
+    ran = [f"{backend}{_runs(count)}" for backend, count in chosen.most_common()]
     if ticket.in_full:
-        ran.append(f"in full for its weights ({ticket.in_full} runs; a call that asks for none runs on a kernel)")
+        ran.append(f"in full for its weights ({_times(ticket.in_full)}; a call that asks for none runs on a kernel)")
     return f"  {_name(ticket)}  {ticket.kind}{_asked(ticket)}: {', '.join(ran) or 'has not run yet'}"
+
+
+def _runs(count: int) -> str:
+    return f" ({_times(count)})" if count else ""
+
+
+def _times(count: int) -> str:
+    return f"{count} run" if count == 1 else f"{count} runs"
 
 
 def _name(ticket: Ticket) -> str:

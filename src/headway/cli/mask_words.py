@@ -1,0 +1,102 @@
+"""Masks in words, as `headway explain --mask` takes them: kinds joined by &, | and ~, a sample of each at any lengths.
+
+>>> in_words("causal & (padding | ~prefix)", Frame(4, 4)).kind
+'and'
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable
+
+import torch
+
+from headway.errors import MaskError
+from headway.masks import (
+    Alibi,
+    Bias,
+    Causal,
+    Dense,
+    Documents,
+    Frame,
+    Full,
+    Mask,
+    Padding,
+    Predicate,
+    Prefix,
+    Tree,
+    Window,
+)
+from headway.masks.causal import Align
+
+ALIGNED: dict[str, Callable[[Frame, Align | None], Mask]] = {
+    "causal": lambda frame, align: Causal(align),
+    "window": lambda frame, align: Window(0, 0, align),
+    "alibi": lambda frame, align: Alibi(torch.ones(frame.heads), align),
+    "tree": lambda frame, align: Tree([-1, 0], _halves(frame.kv_len), align),
+}
+"""Kinds with a diagonal, which on unequal lengths has two readings."""
+
+
+def _aligned(suffix: str, align: Align | None) -> dict[str, Callable[[Frame], Mask]]:
+    def one(make: Callable[[Frame, Align | None], Mask]) -> Callable[[Frame], Mask]:
+        return lambda frame: make(frame, align)
+
+    return {name + suffix: one(make) for name, make in ALIGNED.items()}
+
+
+SAMPLES: dict[str, Callable[[Frame], Mask]] = {
+    "full": lambda frame: Full(),
+    "prefix": lambda frame: Prefix(min(1, frame.kv_len)),
+    "documents": lambda frame: Documents(_halves(frame.q_len), _halves(frame.kv_len)),
+    "padding": lambda frame: Padding([frame.kv_len - frame.kv_len // 2] * frame.batch),
+    "dense": lambda frame: Dense(torch.ones(1, 1, dtype=torch.bool)),
+    "bias": lambda frame: Bias(torch.zeros(1, 1)),
+    "predicate": lambda frame: Predicate(lambda b, h, q, k: q >= k),
+    **_aligned("", None),
+    **_aligned("-upper-left", "upper-left"),
+    **_aligned("-lower-right", "lower-right"),
+}
+"""One mask of each kind. What is decided for it is decided for all of its kind, as a choice reads no numbers."""
+
+
+def in_words(text: str, frame: Frame) -> Mask | None:
+    """The mask that words mean at these lengths, or MaskError; None where nothing is said."""
+    if not text.strip():
+        return None
+    try:
+        read = ast.parse(text.replace("-", "_").strip(), mode="eval").body
+    except SyntaxError:
+        read = None
+    return _built(read, text, frame)
+
+
+def _built(read: ast.expr | None, text: str, frame: Frame) -> Mask:
+    if isinstance(read, ast.BinOp) and isinstance(read.op, ast.BitAnd | ast.BitOr):
+        left, right = _built(read.left, text, frame), _built(read.right, text, frame)
+        return left & right if isinstance(read.op, ast.BitAnd) else left | right
+    if isinstance(read, ast.UnaryOp) and isinstance(read.op, ast.Invert):
+        return ~_built(read.operand, text, frame)
+    if isinstance(read, ast.Name):
+        return _sample(read.id.replace("_", "-"), frame)
+    meant = text.replace(" and ", " & ").replace(" or ", " | ").replace("not ", "~")
+    example = meant if meant != text else "causal & (documents | prefix)"
+    raise MaskError(f"got the mask {text!r}, takes kinds joined by &, | and ~, such as {example!r}")
+
+
+def _sample(name: str, frame: Frame) -> Mask:
+    if name not in SAMPLES:
+        close = difflib.get_close_matches(name, SAMPLES, 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise MaskError(f"unknown kind of mask {name!r}; known: {', '.join(SAMPLES)}{meant}")
+    if name in ALIGNED and frame.q_len != frame.kv_len:
+        raise MaskError(
+            f"got {name} on {frame.q_len} queries and {frame.kv_len} keys, which has two readings;"
+            f" takes {name}-lower-right or {name}-upper-left"
+        )
+    return SAMPLES[name](frame)
+
+
+def _halves(length: int) -> list[int]:
+    return [length - length // 2, length // 2]
