@@ -4,7 +4,9 @@
 
 FOLDER is made by `headway proteins prepare`. A step is noise, forward, backward, clipping, AdamW and the moving
 average of weights, on 16,384 tokens unless told: 32 rows of 512 for what pads. Residues a second are real ones alone;
-MFU counts the multiplications that those need, over the device's dense bfloat16 peak.
+MFU is over the device's dense bfloat16 peak, counted twice: `mfu` is of the multiplications that those residues need,
+where a weight that only a sequence meets counts once for it; `mfu_usual` is of 6 for each weight and residue, and 12
+for each block, its width and the residues attended to (Chowdhery et al. 2022). `matmul_tflops` is what 8192³ reached.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -99,11 +102,35 @@ def batches(part: Part, way: str, tokens: int) -> Iterator[Batch]:
 def operations(config: DiTConfig, batch: Batch) -> float:
     """Forward and backward: two and four for each weight that a token meets, and attention's products."""
     d, c = config.width, config.cond
+    lengths = batch.lengths.double()
     weights = config.blocks * (4 + 2 * config.mlp_ratio) * d * d + d * config.scored
     told = config.blocks * 6 * c * d
+    return 6 * (weights * float(lengths.sum()) + told * len(lengths) + attention(config, batch))
+
+
+def usual(config: DiTConfig, parameters: int, batch: Batch) -> float:
+    return 6 * (parameters * batch.residues + attention(config, batch))
+
+
+def attention(config: DiTConfig, batch: Batch) -> float:
     lengths = batch.lengths.double()
-    attention = 2 * config.blocks * d * float((lengths * lengths).sum())
-    return 6 * (weights * float(lengths.sum()) + told * len(lengths) + attention)
+    return 2 * config.blocks * config.width * float((lengths * lengths).sum())
+
+
+def ceiling(device: torch.device, size: int = 8192) -> float | None:
+    """Operations a second of one product of matrices, the median of 20."""
+    if device.type != "cuda":
+        return None
+    one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    took: list[float] = []
+    for _ in range(23):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        one @ other
+        ended.record()
+        ended.synchronize()
+        took.append(begun.elapsed_time(ended) / 1e3)
+    return float(2 * size**3 / statistics.median(took[3:]))
 
 
 def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tokens: int) -> dict[str, Any]:
@@ -127,7 +154,7 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tok
             model, objective, autocast, tokens=tokens, longest=int(lengths.max()), mean=float(lengths.mean())
         )
 
-    def step(number: int) -> tuple[int, float]:
+    def step(number: int) -> tuple[int, float, float]:
         host = next(stream)
         if device.type == "cuda":
             host = host.pin_memory()
@@ -143,7 +170,7 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tok
         optimizer.step()
         optimizer.zero_grad() if replay is None else replay.gradients.zero()
         average.update(model)
-        return host.residues, operations(config, host)
+        return host.residues, operations(config, host), usual(config, PRESETS[name].parameters, host)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -157,13 +184,14 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tok
     asked = time.perf_counter() - begun
     wait(device)
     seconds = time.perf_counter() - begun
-    residues, work = (sum(each) for each in zip(*done, strict=True))
+    residues, work, counted = (sum(each) for each in zip(*done, strict=True))
     peak = PEAK.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
     return {
         "group": "proteins", "preset": name, "tokens": tokens, "parameters": PRESETS[name].parameters, "way": way,
         "ms_a_step": round(seconds / steps * 1e3, 2), "host_ms_a_step": round(asked / steps * 1e3, 2),
         "residues_per_second": round(residues / seconds), "residues_a_step": round(residues / steps),
         "mfu": None if peak is None else round(work / seconds / peak, 4),
+        "mfu_usual": None if peak is None else round(counted / seconds / peak, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
         "warm_seconds": round(warm, 1), "steps": steps,
     }  # fmt: skip
@@ -186,14 +214,25 @@ def main() -> None:
     parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
     options = parser.parse_args()
     part = Prepared(options.data)["train"]
-    common = about() | ({"commit": options.commit} if options.commit else {}) | {"data": part.fingerprint[:12]}
+    reached = ceiling(torch.device(options.device))
+    common: dict[str, Any] = {"matmul_tflops": None if reached is None else round(reached / 1e12)}
+    common |= about() | ({"commit": options.commit} if options.commit else {}) | {"data": part.fingerprint[:12]}
     with options.out.open("a") as file:
         for name in options.presets.split(","):
             for way in options.ways.split(";"):
                 row = timed(name, way, part, torch.device(options.device), options.steps, options.tokens) | common
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                shown = ("preset", "way", "ms_a_step", "host_ms_a_step", "residues_per_second", "mfu", "peak_gib")
+                shown = (
+                    "preset",
+                    "way",
+                    "ms_a_step",
+                    "host_ms_a_step",
+                    "residues_per_second",
+                    "mfu",
+                    "mfu_usual",
+                    "peak_gib",
+                )
                 print(*(row[key] for key in shown), flush=True)
                 torch.compiler.reset()
 

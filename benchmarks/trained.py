@@ -77,7 +77,7 @@ def training(run: Run) -> dict[str, Any]:
 
 
 def page(rows: list[dict[str, Any]], held: Evaluation, took: dict[str, Any], machine: str, figures_: list[str]) -> str:
-    ours = held.likelihood
+    ours, counts = held.likelihood, held.data["provenance"]["counts"]
     error = "" if ours.standard_error is None else f" ± {ours.standard_error:.4f}"
     baselines = [f"| {each.name} | {each.nats_per_residue:.4f} | {each.perplexity:.2f} |" for each in held.baselines]
     samplers = [
@@ -89,12 +89,16 @@ def page(rows: list[dict[str, Any]], held: Evaluation, took: dict[str, Any], mac
         [
             "# A model of proteins, trained",
             "",
-            "Made by `benchmarks/trained.py` of a run of `examples/proteins/small.yaml` on the 20,000 sequences of",
-            "mmseqs2-examples; whole families are held out.",
+            "Made by `benchmarks/trained.py` of a run of `examples/proteins/small.yaml` on mmseqs2-examples: of its",
+            f"{counts['read']:,} sequences {counts['taken']:,} are of lengths and letters that are taken, and not",
+            "there twice.",
             "",
-            f"- {held.parameters:,} weights; {took['steps']:,} steps, {took['epochs']} epochs,",
+            f"- {held.parameters:,} weights; {took['steps']:,} steps, {took['epochs']} epochs of"
+            f" {held.data['parts']['train']['sequences']:,} proteins,",
             f"  {took['seconds']} seconds on {machine}.",
-            f"- Held out: {ours.sequences:,} of {ours.of_sequences:,} proteins, {ours.residues:,} residues.",
+            f"- Held out, in whole families: {ours.of_sequences:,} proteins, of which {ours.sequences:,} are scored,"
+            f" {ours.residues:,} residues.",
+            "- ±: one standard error, from protein to protein.",
             "",
             "| | nats per residue | perplexity |",
             "|---|---|---|",
@@ -103,12 +107,13 @@ def page(rows: list[dict[str, Any]], held: Evaluation, took: dict[str, Any], mac
             "",
             f"![Held-out nats per residue over training]({figures_[0]})",
             "",
-            "Its proteins beside real ones of the same lengths, by the Jensen-Shannon distance of their k-mers to",
-            "those of another half of the held-out proteins. `training` are proteins that it was trained on: one that",
-            "drew exactly what it was trained on would stand there, as families held out have another composition.",
-            "Shuffled held-out proteins have the composition of those held out, which no model of others is told:",
-            "beside them k-mers cannot say that a model has learned. `real, whole` are all of the half that `real`",
-            "are cut from.",
+            f"Its proteins beside others of the same lengths, {rows[0]['proteins']:,} in each row: the Jensen-Shannon",
+            "distance of their k-mers to those of one half of the held-out proteins. `real` are of the other half, cut",
+            f"to those lengths, and `real, whole` all {rows[-1]['proteins']:,} of it, uncut; `shuffled` are the",
+            "former, each with its residues in a random order.",
+            "`training` are proteins that it was trained on: a model that drew exactly what it was trained on would",
+            "stand there, as families held out have another composition. Shuffled ones have that composition, which no",
+            "model of others is told: beside them k-mers cannot say that a model has learned.",
             "",
             "| | calls of the network | " + " | ".join(f"{k}-mers" for k in KMERS) + " |",
             "|---|---|" + "---|" * len(KMERS),

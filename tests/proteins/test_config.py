@@ -85,7 +85,8 @@ def test_changes_from_the_command_line() -> None:
         ("curriculum: {shape: linear}\n", "got shape, which kind: none does not take"),
         ("optim: {warmup: 4000}\n", "got a warm-up of 4000 in 3000 steps"),
         ("keep: {trackers: [wandbb]}\n", "line 5: keep.trackers"),
-        ("a: [", "is no YAML"),
+        ("a: [", "line 5, column 5: no YAML: expected the node content, but found '<stream end>'"),
+        ("optim: {lr: 1}\n\tbad: 2\n", "line 6, column 1: no YAML: found character '\\t' that cannot start any token"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(more: str, told: str) -> None:

@@ -261,7 +261,7 @@ def parse(text: str, changes: Sequence[str] = (), name: str = "the config") -> C
         node = yaml.compose(text, Loader=_Loader)
         held = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(_broken(error, name)) from error
     if not isinstance(held, dict):
         raise ConfigError(f"got {name}, which holds no sections, takes {', '.join(Config.model_fields)}")
     lines = dict(_lines(node))
@@ -275,6 +275,12 @@ def parse(text: str, changes: Sequence[str] = (), name: str = "the config") -> C
         raise ConfigError("; ".join(_told(each, lines, name) for each in error.errors())) from None
     except HeadwayError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _broken(error: yaml.YAMLError, name: str) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+    return f"{name}{where}: no YAML: {problem or ' '.join(str(error).split())}"
 
 
 def _lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

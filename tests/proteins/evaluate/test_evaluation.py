@@ -171,17 +171,30 @@ def test_what_may_mislead_is_noted(data: Prepared, tmp_path: Path) -> None:
         f"the model was trained on other data than {data.folder.name}, and may have seen what is held out there",
         "50.0% of the samples are empty, or have letters that no protein has",
     ]
+    many = evaluate(trained(), data, model="made", sequences=2, samples=Samples(["MKT" * 12] * 99, ""))
+    half = many.statistics[-1].count
+    assert many.notes == [
+        f"99 samples are more than the {half} proteins of other rows, and k-mers of fewer proteins lie further from any"
+        f" others: compare {half} samples"
+    ]
     there.save(tmp_path / "evaluation.json")
     assert Evaluation.load(tmp_path / "evaluation.json").notes == there.notes
 
 
-def test_a_text_is_no_file_of_samples(data: Prepared, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("Dear reader,\nthis is no protein.\n", "line 1 is neither a header of FASTA, which begins with >, nor"),
+        (">a\nM1T\n>b\nM2T\n", "notes.txt, each of whose 2 sequences has letters that no protein has, takes FASTA"),
+    ],
+)
+def test_a_text_is_no_file_of_samples(data: Prepared, tmp_path: Path, text: str, told: str) -> None:
     trained().save(tmp_path)
-    (tmp_path / "notes.txt").write_text("Dear reader,\nthis is no protein.\n")
+    (tmp_path / "notes.txt").write_text(text)
     asked = ["--data", str(data.folder), "--samples", str(tmp_path / "notes.txt")]
     done = CliRunner().invoke(app, ["evaluate", str(tmp_path), *asked])
     assert done.exit_code == 1
-    assert "notes.txt, each of whose 2 sequences has letters that no protein has, takes FASTA" in done.stderr
+    assert told in done.stderr
 
 
 @pytest.mark.usefixtures("flex_uncompiled")

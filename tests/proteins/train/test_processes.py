@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from typer.testing import CliRunner
 
 from headway_apps.proteins.cli import app
 from headway_apps.proteins.config import read
-from headway_apps.proteins.train.trainer import train
-from headway_apps.training import trackers
+from headway_apps.proteins.train.trainer import Trainer, train
+from headway_apps.training import interrupts, trackers
 from headway_apps.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -114,6 +115,71 @@ def test_a_run_that_is_killed_at_fifty_moments_is_the_run_that_was_not(file: Pat
     assert runs
     for run in runs:
         assert weights(run, 10) == weights(tmp_path / "whole", 10)
+
+
+def interrupted(file: Path, run: Path, by: signal.Signals, *changes: str, after: int) -> tuple[int, str]:
+    """The exit status of a run that gets a signal after some steps, and what it said."""
+    step = Trainer._one
+
+    def one(trainer: Trainer) -> None:
+        step(trainer)
+        if trainer.step == after:
+            signal.raise_signal(by)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_one", one)
+        given = [word for change in changes for word in ("--set", change)]
+        done = CliRunner().invoke(app, ["train", str(file), "--out", str(run), *given])
+    return done.exit_code, done.stdout
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on_as_if_it_had_not(
+    file: Path, tmp_path: Path, by: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = ("every.save=100", "every.log=100", "run.steps=5")
+    before = signal.getsignal(by)
+    status, said = interrupted(file, tmp_path / "run", by, *changes, after=2)
+    assert (status, Checkpoints(tmp_path / "run" / "checkpoints").steps()) == (128 + by, [2])
+    assert f"2 steps of 5; go on: headway proteins train --out {tmp_path / 'run'} --resume" in said
+    assert f"{by.name}: the run ends soon, with a checkpoint; once more ends it at once" in capfd.readouterr().err
+    assert signal.getsignal(by) is before
+    done = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), "--resume"])  # by the run's own config
+    assert done.exit_code == 0, done.output
+    train(read(file, changes), tmp_path / "whole")
+    assert weights(tmp_path / "run", 5) == weights(tmp_path / "whole", 5)
+
+
+def one_of_two(file: Path, run: Path) -> None:
+    """The first hears a signal after a step, the second one step later."""
+    changes = ("every.save=100", "every.log=4")
+    done, _ = interrupted(file, run, signal.SIGTERM, *changes, after=1 + int(os.environ["RANK"]))
+    sys.exit(done)
+
+
+def test_two_processes_that_hear_a_signal_at_different_steps_end_at_the_same(file: Path, tmp_path: Path) -> None:
+    ended = together(one_of_two, file, tmp_path / "run")
+    assert {128 + signal.SIGTERM} == {code for code, _ in ended}, ended
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4]
+
+
+def test_a_second_signal_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "SECONDS", 0.0)
+    with interrupts.heard("it ends soon") as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked() is signal.SIGINT
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_one_signal_that_comes_twice_is_one() -> None:
+    """A terminal sends Ctrl-C to all, and torchrun passes it on."""
+    with interrupts.heard("it ends soon") as asked:
+        assert asked() is None
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert asked() is signal.SIGINT
 
 
 @pytest.mark.parametrize(

@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headway import RequestError
 from headway_apps.proteins.cli.terminal import failures
+from headway_apps.training import interrupts
+
+if TYPE_CHECKING:
+    from headway_apps.proteins.config import Config
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="a YAML file; `headway proteins show` prints what it means")],
     out: Annotated[Path, typer.Option(help="folder of the run: new, or with --resume one that was begun")],
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="a YAML file; `headway proteins show` prints what it means. With --resume the run's own"),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="a key and its value in place of the file's: optim.lr=1e-4")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
 ) -> None:
-    """Train a model of proteins, on any device and any number of processes."""
-    with failures():
-        from headway_apps.proteins.config import read
+    """Train a model of proteins, on any device and any number of processes.
+
+    Ctrl-C or SIGTERM ends a run with a checkpoint, from which --resume goes on.
+    """
+    with failures(), interrupts.heard("the run ends soon, with a checkpoint") as asked:
         from headway_apps.proteins.train.trainer import train
 
-        done = train(read(config, set_ or ()), out, resume=resume, told=lambda line: typer.echo(line, err=True))
-        best = "" if done.best is None else f", at best {done.best:.4f} nats per residue held out"
-        typer.echo(f"{done.folder}: {done.step:,} steps{best}")
+        given = _config(config, out, set_ or [], resume)
+        done = train(given, out, resume=resume, told=lambda line: typer.echo(line, err=True), asked_to_stop=asked)
+        stopped = asked() if done.step < given.run.steps else None
+        if done.rank == 0:
+            best = "" if done.best is None else f", at best {done.best:.4f} nats per residue held out"
+            left = (
+                ""
+                if stopped is None
+                else f" of {given.run.steps:,}; go on: headway proteins train --out {out} --resume"
+            )
+            typer.echo(f"{done.folder}: {done.step:,} steps{best}{left}")
+    if stopped is not None:
+        raise typer.Exit(128 + stopped)
+
+
+def _config(file: Path | None, run: Path, changes: list[str], resume: bool) -> Config:
+    from headway_apps.proteins.config import FILE, read
+
+    if file is None and not resume:
+        raise RequestError("got no config, takes a YAML file; a run that was begun goes on with its own by --resume")
+    return read(run / FILE if file is None else file, changes)

@@ -20,6 +20,7 @@ from headway_apps.proteins.alphabet import AMBIGUOUS, STANDARD, raised
 from headway_apps.proteins.errors import DataError
 
 _UNIREF50 = re.compile(r"UniRef50_\S+$")
+_SEQUENCE = re.compile(rb"[A-Za-z*.\s-]*")
 _NUCLEOTIDES = frozenset("ACGTUN")
 
 
@@ -64,6 +65,11 @@ def _records(lines: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[Record]:
             kind = line.strip()[:1]
             if kind == b"@":
                 raise DataError(f"got {path}, which reads as FASTQ, takes FASTA or one sequence a line; convert it")
+            if kind not in (b"", b">") and not _SEQUENCE.fullmatch(line):
+                raise DataError(
+                    f"got {path}, whose line {number} is neither a header of FASTA, which begins with >, nor"
+                    f" a sequence: {_text(line).strip()[:40]!r}; takes FASTA, or a list with a sequence a line"
+                )
         if kind == b">" and line.startswith(b">"):
             if header is not None:
                 yield _record(header, parts)

@@ -183,6 +183,13 @@ def _notes(prepared: Prepared, trained_on: str | None, rows: list[Statistics]) -
         )
     if rows and rows[0].valid < 1:
         yield f"{1 - rows[0].valid:.1%} of the samples are empty, or have letters that no protein has"
+    # But for `real, whole`, which shows what more proteins are worth.
+    fewest = min((row.count for row in rows[:-1]), default=0)
+    if rows and fewest < rows[0].count:
+        yield (
+            f"{rows[0].count:,} samples are more than the {fewest:,} proteins of other rows, and k-mers of fewer"
+            f" proteins lie further from any others: compare {fewest:,} samples"
+        )
 
 
 def compared(

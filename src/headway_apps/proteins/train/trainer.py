@@ -67,12 +67,25 @@ class Outcome:
     best: float | None
     """Least nats per residue of the part that was held out."""
     folder: Path
+    rank: int
+    """The process whose outcome this is, from 0."""
 
 
-def train(config: Config, run: Path, *, resume: bool = False, told: Told = lambda _: None) -> Outcome:
-    """Train into the folder `run`, which is new, or with `resume` goes on from its last checkpoint."""
+def train(
+    config: Config,
+    run: Path,
+    *,
+    resume: bool = False,
+    told: Told = lambda _: None,
+    asked_to_stop: Callable[[], object] = lambda: None,
+) -> Outcome:
+    """Train into the folder `run`, which is new, or with `resume` goes on from its last checkpoint.
+
+    Once `asked_to_stop` says so the run ends with a checkpoint: after this step, or where several processes train after
+    the next that is logged, as they ask each other there.
+    """
     with torch.random.fork_rng(range(torch.cuda.device_count())), contextlib.ExitStack() as closing:
-        trainer = Trainer(config, run, resume=resume, told=told, closing=closing)
+        trainer = Trainer(config, run, resume=resume, told=told, asked_to_stop=asked_to_stop, closing=closing)
         outcome = trainer.steps()
         trainer.accelerator.end_training()
         return outcome
@@ -81,8 +94,17 @@ def train(config: Config, run: Path, *, resume: bool = False, told: Told = lambd
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(self, config: Config, run: Path, *, resume: bool, told: Told, closing: contextlib.ExitStack) -> None:
-        self.config, self.run = config, run
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        *,
+        resume: bool,
+        told: Told,
+        asked_to_stop: Callable[[], object],
+        closing: contextlib.ExitStack,
+    ) -> None:
+        self.config, self.run, self.asked_to_stop = config, run, asked_to_stop
         closing.callback(AcceleratorState._reset_state, reset_partial_state=True)
         self.accelerator = _accelerator(config)
         closing.callback(self.accelerator.free_memory)
@@ -225,7 +247,8 @@ class Trainer:
         if was["run.steps"] != now["run.steps"]:
             self.told(
                 f"run.steps was {was['run.steps']}, is {now['run.steps']}: from here the learning rate falls to that"
-                " step, and this is another run than one that was begun so"
+                " step, and this is another run than one that was begun so; leave the config out to go on with"
+                " the run's own"
             )
         return found
 
@@ -266,34 +289,43 @@ class Trainer:
         loss = math.nan
         if self.step == self.config.run.steps:
             self.told(f"step {self.step} is the last of run.steps: nothing is left to do")
-            return Outcome(self.step, loss, self.best, self.run)
-        while self.step < self.config.run.steps:
+            return Outcome(self.step, loss, self.best, self.run, self.rank)
+        stops = False
+        while self.step < self.config.run.steps and not stops:
             self._one()
             if self._due(self.config.every.log):
                 loss = self._log()
             with self.window.paused():
-                self._between()
-        if self.tracker is not None:
+                stops = self._stops()
+                self._between(stops)
+        if self.tracker is not None and not stops:
             self.tracker.log(
                 {"summary/final_step": self.step, "summary/final_train_loss": loss, "summary/training_completed": True}
                 | ({} if self.best is None else {"summary/best_loss": self.best}),
                 self.step,
             )
-        return Outcome(self.step, loss, self.best, self.run)
+        return Outcome(self.step, loss, self.best, self.run, self.rank)
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.run.steps or not self.step % every
 
-    def _between(self) -> None:
+    def _stops(self) -> bool:
+        """Whether the run ends before its last step: one answer for all processes, who wait for each other to agree."""
+        if self.step == self.config.run.steps or (self.ranks > 1 and not self._due(self.config.every.log)):
+            return False
+        asked = self.asked_to_stop() is not None
+        return any(gather_object([asked])) if self.ranks > 1 else asked
+
+    def _between(self, stops: bool) -> None:
         """What is done after some steps."""
         every = self.config.every
-        if self._due(every.evaluate) or self._due(every.save):
+        if stops or self._due(every.evaluate) or self._due(every.save):
             self._check()
         if self._due(every.evaluate):
             self._evaluate()
         if self.config.look.samples and self._due(every.samples):
             self._sample()
-        if self._due(every.save) or (self.score is not None and self.score == self.best):
+        if stops or self._due(every.save) or (self.score is not None and self.score == self.best):
             self._save()
 
     def _one(self) -> None:
