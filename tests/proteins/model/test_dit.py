@@ -93,7 +93,7 @@ def test_both_ways_to_attend_are_tried() -> None:
 def test_a_kernel_that_is_compiled_for_each_length_meets_few(
     monkeypatch: pytest.MonkeyPatch, device: str, lengths: list[int], met: int
 ) -> None:
-    """With gradients where it has them. The judge is the same network in float64, document by document."""
+    """With gradients where it has them. It errs as plain attention to each document does: float64 judges."""
     model, seen, attend = stirred(width=128).to(device), set(), flex.attend
     monkeypatch.setattr(flex, "attend", lambda q, *rest: seen.add(q.shape[2]) or attend(q, *rest))
     tokens, sigma = (x.to(device) for x in drawn(sum(lengths), len(lengths)))
@@ -106,11 +106,12 @@ def test_a_kernel_that_is_compiled_for_each_length_meets_few(
     with torch.set_grad_enabled(device == "cuda"):
         truth = answer(model, alone(model, tokens, sigma, lengths))
         model.float()
+        plain = answer(model, alone(model, tokens, sigma.float(), lengths))
         monkeypatch.setenv("HEADWAY_BACKEND", "flex")
         got = answer(model, model(tokens, sigma.float(), torch.tensor(lengths)))
     assert seen == {met}
-    for ours, theirs in zip(got, truth, strict=True):
-        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    for ours, theirs, right in zip(got, plain, truth, strict=True):
+        assert (ours - right).norm() <= 3 * (theirs - right).norm() + 1e-7 * right.norm()
 
 
 @pytest.mark.parametrize("lengths", [[0], [0, 0]])

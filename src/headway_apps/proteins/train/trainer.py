@@ -51,6 +51,8 @@ MAY_CHANGE = (
 """Keys of a config with which a run may go on: the others would make another run of it."""
 
 Told = Callable[[str], None]
+Asked = Callable[[], object]
+"""Says None while a run is to go on."""
 
 
 class TrainingError(HeadwayError, RuntimeError):
@@ -77,7 +79,7 @@ def train(
     *,
     resume: bool = False,
     told: Told = lambda _: None,
-    asked_to_stop: Callable[[], object] = lambda: None,
+    asked_to_stop: Asked = lambda: None,
 ) -> Outcome:
     """Train into the folder `run`, which is new, or with `resume` goes on from its last checkpoint.
 
@@ -85,7 +87,7 @@ def train(
     the next that is logged, as they ask each other there.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())), contextlib.ExitStack() as closing:
-        trainer = Trainer(config, run, resume=resume, told=told, asked_to_stop=asked_to_stop, closing=closing)
+        trainer = Trainer(config, run, resume=resume, told=told, closing=closing, asked_to_stop=asked_to_stop)
         outcome = trainer.steps()
         trainer.accelerator.end_training()
         return outcome
@@ -101,8 +103,8 @@ class Trainer:
         *,
         resume: bool,
         told: Told,
-        asked_to_stop: Callable[[], object],
         closing: contextlib.ExitStack,
+        asked_to_stop: Asked = lambda: None,
     ) -> None:
         self.config, self.run, self.asked_to_stop = config, run, asked_to_stop
         closing.callback(AcceleratorState._reset_state, reset_partial_state=True)
