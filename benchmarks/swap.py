@@ -1,6 +1,6 @@
 """Times whole models before and after a swap on this GPU, and the swap with its proof itself.
 
-    python benchmarks/swap.py --out benchmarks/results/swap.jsonl [--only "encoder;decoder"]
+    python benchmarks/swap.py --out benchmarks/results/swap.jsonl [--cases "encoder;decoder"]
 
 Both sides share their weights and take turns in one run. A train step is forward, backward and AdamW, in training mode.
 """
@@ -178,7 +178,7 @@ def rows(name: str, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="encoder;decoder")
+    parser.add_argument("--cases", default="encoder;decoder")
     parser.add_argument("--commit", default=None, help="where the checkout is no git repository")
     options = parser.parse_args()
     common = about()
@@ -187,7 +187,7 @@ def main() -> None:
         common["commit"] = options.commit
     with options.out.open("w") as out:
         for name in CASES:
-            if not any(part in name for part in options.only.split(";")):
+            if not any(part in name for part in options.cases.split(";")):
                 continue
             for row in rows(name, common):
                 out.write(json.dumps(row) + "\n")
