@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,17 +36,15 @@ def command(
 
         given = _config(config, out, set_ or [], resume)
         done = train(given, out, resume=resume, told=lambda line: typer.echo(line, err=True), asked_to_stop=asked)
-        stopped = asked() if done.step < given.run.steps else None
         if done.rank == 0:
             best = "" if done.best is None else f", at best {done.best:.4f} nats per residue held out"
-            left = (
-                ""
-                if stopped is None
-                else f" of {given.run.steps:,}; go on: headway proteins train --out {out} --resume"
-            )
-            typer.echo(f"{done.folder}: {done.step:,} steps{best}{left}")
-    if stopped is not None:
-        raise typer.Exit(128 + stopped)
+            typer.echo(f"{done.folder}: {done.step:,} steps{best}")
+        if done.step < given.run.steps:
+            if done.rank == 0:
+                typer.echo(
+                    f"stopped before step {given.run.steps:,}; headway proteins train --out {out} --resume goes on"
+                )
+            raise typer.Exit(128 + (asked() or signal.SIGTERM))  # another process may be the one that heard it
 
 
 def _config(file: Path | None, run: Path, changes: list[str], resume: bool) -> Config:
