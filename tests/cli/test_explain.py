@@ -64,6 +64,11 @@ def test_what_it_does_not_know_is_a_usage_error(arguments: tuple[str, ...], said
         (("--mask", "causal and padding"), "takes kinds joined by &, | and ~, such as 'causal & padding'"),
         (("--mask", "causal &"), "takes kinds joined by &, | and ~, such as"),
         (("--mask", "and"), "takes kinds joined by &, | and ~, such as"),
+        (("--mask", "causal # & documents"), "takes kinds joined by &, | and ~, such as"),
+        (("--mask", "~" * 5000 + "causal"), "takes kinds joined by &, | and ~, such as"),
+        (("--mask", " & ".join(["causal"] * 3000)), "takes kinds joined by &, | and ~, such as"),
+        (("--mask", "causal.align"), "takes kinds joined by &, | and ~, such as"),
+        (("--q-len", "5", "--kv-len", "2", "--mask", "tree-lower-right"), "got 5 queries for a tree of 2 tokens"),
         (("--mask", "causal + prefix"), "takes kinds joined by &, | and ~, such as"),
         (("--mask", "cusal"), "did you mean 'causal'?"),
         (("--dtype", "bfloat61"), "did you mean 'bfloat16'?"),
@@ -79,9 +84,10 @@ def test_dtypes_have_short_names() -> None:
     assert explain("--dtype", "bf16") == explain("--dtype", "bfloat16")
 
 
+@pytest.mark.parametrize("batch", ["0", "2"])
 @pytest.mark.parametrize("name", SAMPLES)
-def test_every_kind_of_mask_can_be_said(name: str) -> None:
-    code, text = explain("--q-len", "6", "--kv-len", "8", "--mask", name)
+def test_every_kind_of_mask_can_be_said(name: str, batch: str) -> None:
+    code, text = explain("--q-len", "6", "--kv-len", "8", "--batch", batch, "--mask", name)
     if name in ALIGNED:
         assert code == 2
     else:
@@ -95,6 +101,7 @@ def test_every_kind_of_mask_can_be_said(name: str) -> None:
         ("~causal", ~Causal()),
         ("causal & ~(documents | padding)", Causal() & ~(Documents([8, 8]) | Padding([8]))),
         ("causal & window & documents", Causal() & Window(0, 0) & Documents([8, 8])),
+        ("documents-cross", Documents([8, 8], [11, 5])),
         ("documents & ~full", Documents([8, 8]) & ~Full()),
     ],
 )

@@ -85,8 +85,14 @@ def test_changes_from_the_command_line() -> None:
         ("curriculum: {shape: linear}\n", "got shape, which kind: none does not take"),
         ("optim: {warmup: 4000}\n", "got a warm-up of 4000 in 3000 steps"),
         ("keep: {trackers: [wandbb]}\n", "line 5: keep.trackers"),
-        ("a: [", "line 5, column 5: no YAML: expected the node content, but found '<stream end>'"),
-        ("optim: {lr: 1}\n\tbad: 2\n", "line 6, column 1: no YAML: found character '\\t' that cannot start any token"),
+        ("a: [", "line 5, column 5: cannot be read as YAML: while parsing a flow node, expected the node"),
+        (
+            "optim: {lr: 1}\n\tbad: 2\n",
+            "line 6, column 1: cannot be read as YAML: while scanning for the next token, found",
+        ),
+        ("a: {[b]: 1}", "line 5, column 5: cannot be read as YAML: a key is no word"),
+        ("a: 2020-13-45", "cannot be read as YAML: month must be in 1..12"),
+        ("a: " + "[" * 5000, "cannot be read as YAML"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(more: str, told: str) -> None:

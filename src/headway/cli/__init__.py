@@ -34,7 +34,9 @@ class _Commands(TyperGroup):
 
 
 def _is_application(package: str) -> bool:
-    return package.count(".") == 1 and find_spec(package) is not None and find_spec(f"{package}.__main__") is not None
+    if package.count(".") != 1 or find_spec(package.partition(".")[0]) is None:
+        return False
+    return find_spec(package) is not None and find_spec(f"{package}.__main__") is not None
 
 
 app = typer.Typer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ from headway.masks.causal import Align
 ALIGNED: dict[str, Callable[[Frame, Align | None], Mask]] = {
     "causal": lambda frame, align: Causal(align),
     "window": lambda frame, align: Window(0, 0, align),
-    "alibi": lambda frame, align: Alibi(torch.ones(frame.heads), align),
+    "alibi": lambda frame, align: Alibi(torch.ones(1).expand(frame.heads), align),
     "tree": lambda frame, align: Tree([-1, 0], _halves(frame.kv_len), align),
 }
 """Kinds with a diagonal, which on unequal lengths has two readings."""
@@ -50,7 +51,10 @@ SAMPLES: dict[str, Callable[[Frame], Mask]] = {
     "full": lambda frame: Full(),
     "prefix": lambda frame: Prefix(min(1, frame.kv_len)),
     "documents": lambda frame: Documents(_halves(frame.q_len), _halves(frame.kv_len)),
-    "padding": lambda frame: Padding([frame.kv_len - frame.kv_len // 2] * frame.batch),
+    "documents-cross": lambda frame: Documents(
+        _halves(frame.q_len), [frame.kv_len - frame.kv_len // 3, frame.kv_len // 3]
+    ),
+    "padding": lambda frame: Padding(torch.full((frame.batch,), frame.kv_len - frame.kv_len // 2)),
     "dense": lambda frame: Dense(torch.ones(1, 1, dtype=torch.bool)),
     "bias": lambda frame: Bias(torch.zeros(1, 1)),
     "predicate": lambda frame: Predicate(lambda b, h, q, k: q >= k),
@@ -58,18 +62,22 @@ SAMPLES: dict[str, Callable[[Frame], Mask]] = {
     **_aligned("-upper-left", "upper-left"),
     **_aligned("-lower-right", "lower-right"),
 }
-"""One mask of each kind. What is decided for it is decided for all of its kind, as a choice reads no numbers."""
+"""One mask of each kind, with numbers that make it no other: no choice depends on which."""
 
 
 def in_words(text: str, frame: Frame) -> Mask | None:
     """The mask that words mean at these lengths, or MaskError; None where nothing is said."""
     if not text.strip():
         return None
+    read = None
     try:
-        read = ast.parse(text.replace("-", "_").strip(), mode="eval").body
-    except SyntaxError:
-        read = None
-    return _built(read, text, frame)
+        if re.fullmatch(r"[a-z\s&|~()_-]+", text):
+            read = ast.parse(text.replace("-", "_").strip(), mode="eval").body
+        mask = _built(read, text, frame)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise _unread(text) from error
+    mask.check(frame)
+    return mask
 
 
 def _built(read: ast.expr | None, text: str, frame: Frame) -> Mask:
@@ -80,9 +88,13 @@ def _built(read: ast.expr | None, text: str, frame: Frame) -> Mask:
         return ~_built(read.operand, text, frame)
     if isinstance(read, ast.Name):
         return _sample(read.id.replace("_", "-"), frame)
+    raise _unread(text)
+
+
+def _unread(text: str) -> MaskError:
     meant = text.replace(" and ", " & ").replace(" or ", " | ").replace("not ", "~")
     example = meant if meant != text else "causal & (documents | prefix)"
-    raise MaskError(f"got the mask {text!r}, takes kinds joined by &, | and ~, such as {example!r}")
+    return MaskError(f"got the mask {text[:200]!r}, takes kinds joined by &, | and ~, such as {example[:200]!r}")
 
 
 def _sample(name: str, frame: Frame) -> Mask:

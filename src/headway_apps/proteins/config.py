@@ -237,6 +237,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
@@ -260,7 +262,7 @@ def parse(text: str, changes: Sequence[str] = (), name: str = "the config") -> C
     try:
         node = yaml.compose(text, Loader=_Loader)
         held = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ConfigError(_broken(error, name)) from error
     if not isinstance(held, dict):
         raise ConfigError(f"got {name}, which holds no sections, takes {', '.join(Config.model_fields)}")
@@ -277,10 +279,11 @@ def parse(text: str, changes: Sequence[str] = (), name: str = "the config") -> C
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _broken(error: yaml.YAMLError, name: str) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+def _broken(error: Exception, name: str) -> str:
+    mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-    return f"{name}{where}: no YAML: {problem or ' '.join(str(error).split())}"
+    said = [each for each in (getattr(error, "context", None), getattr(error, "problem", None)) if each]
+    return f"{name}{where}: cannot be read as YAML: {', '.join(said) or ' '.join(str(error).split())}"
 
 
 def _lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

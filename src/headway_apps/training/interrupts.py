@@ -1,4 +1,4 @@
-"""Interrupts: Ctrl-C or SIGTERM lets long work end in order, and a second one ends it at once."""
+"""Interrupts: Ctrl-C or SIGTERM lets long work end in order, and another one ends it at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,27 +20,32 @@ Asked = Callable[[], "signal.Signals | None"]
 def heard(told: str) -> Iterator[Asked]:
     """What asks whether the work should end, and by which signal; `told` goes to stderr as one arrives.
 
-    For the main thread, which is the one that Python calls. On the way out each signal means what it meant before.
+    For the main thread, which is the one that Python calls. A signal that is ignored stays so, as of a job in the
+    background. On the way out each means what it meant before.
     """
     first: signal.Signals | None = None
     since = 0.0
+    own = os.getpid()
     before: dict[signal.Signals, Any] = {}
 
     def hear(number: int, _: object) -> None:
         nonlocal first, since
-        if first is None:
-            first, since = signal.Signals(number), time.monotonic()
-            os.write(2, f"{first.name}: {told}; once more ends it at once\n".encode())  # print may be in use below us
-        elif time.monotonic() - since > SECONDS:
+        if os.getpid() != own or (first is not None and time.monotonic() - since > SECONDS):
             restore()
             signal.raise_signal(number)
+        elif first is None:
+            first, since = signal.Signals(number), time.monotonic()
+            with suppress(OSError):  # who reads stderr may have ended by the same signal; print may be in use below us
+                os.write(2, f"{first.name}: {told}; after {SECONDS:g} s another ends it at once\n".encode())
 
     def restore() -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
 
     try:
-        before.update((each, signal.signal(each, hear)) for each in SIGNALS)
+        for each in SIGNALS:
+            if signal.getsignal(each) not in (signal.SIG_IGN, None):
+                before[each] = signal.signal(each, hear)
         yield lambda: first
     finally:
         restore()

@@ -94,7 +94,9 @@ def test_a_file_that_is_not_there_or_not_fasta_is_one_clear_line(tmp_path: Path)
         list(read(tmp_path / "reads.fq"))
 
 
-@pytest.mark.parametrize("line", ["sp|P12345|NAME_HUMAN a header that lost its >", "id,sequence", "# proteins", "{"])
+@pytest.mark.parametrize(
+    "line", ["sp|P12345|NAME_HUMAN a header that lost its >", "id,sequence", "# proteins", "{", "M\0K\0"]
+)
 def test_a_text_of_another_kind_is_refused_with_its_line(line: str, tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text(f"\n{line}\nMKTAYI\n")
     with pytest.raises(DataError, match="line 2 is neither a header of FASTA, which begins with >, nor a sequence: '"):

@@ -62,6 +62,8 @@ def test_templates_of_a_file_have_names(tmp_path: Path) -> None:
     path = tmp_path / "some.fasta"
     path.write_bytes(b">one first of two\r\nMK_\r\n3W\r\n>two\n_5\n")
     assert read(path) == [Template("MK___W", "one"), Template("_____", "two")]
+    path.write_bytes(b"_12MK\nM_3W\n")
+    assert [each.name for each in read(path)] == ["line1", "line2"]
 
 
 @pytest.mark.parametrize(

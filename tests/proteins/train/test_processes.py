@@ -7,7 +7,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -116,17 +117,24 @@ def test_a_run_that_is_killed_at_fifty_moments_is_the_run_that_was_not(file: Pat
         assert weights(run, 10) == weights(tmp_path / "whole", 10)
 
 
-def interrupted(file: Path, run: Path, by: signal.Signals, *changes: str, after: int) -> tuple[int, str]:
-    """The exit status of a run that gets a signal after some steps, and what it said."""
+@contextmanager
+def after_steps(count: int, by: signal.Signals) -> Iterator[None]:
+    """A run gets a signal after some steps."""
     step = Trainer._one
 
     def one(trainer: Trainer) -> None:
         step(trainer)
-        if trainer.step == after:
+        if trainer.step == count:
             signal.raise_signal(by)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_one", one)
+        yield
+
+
+def interrupted(file: Path, run: Path, by: signal.Signals, *changes: str, after: int) -> tuple[int, str]:
+    """The exit status of a run that gets a signal after some steps, and what it said."""
+    with after_steps(after, by):
         given = [word for change in changes for word in ("--set", change)]
         done = CliRunner().invoke(app, ["train", str(file), "--out", str(run), *given])
     return done.exit_code, done.stdout
@@ -141,7 +149,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on_as_if_it_had_not(
     status, said = interrupted(file, tmp_path / "run", by, *changes, after=2)
     assert (status, Checkpoints(tmp_path / "run" / "checkpoints").steps()) == (128 + by, [2])
     assert said.endswith(f"stopped before step 5; headway proteins train --out {tmp_path / 'run'} --resume goes on\n")
-    assert f"{by.name}: the run ends soon, with a checkpoint; once more ends it at once" in capfd.readouterr().err
+    assert (
+        f"{by.name}: the run ends soon, with a checkpoint; after 2 s another ends it at once" in capfd.readouterr().err
+    )
     assert signal.getsignal(by) is before
     done = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), "--resume"])  # by the run's own config
     assert done.exit_code == 0, done.output
@@ -164,6 +174,12 @@ def test_two_processes_end_at_the_same_step_whichever_hears_a_signal(file: Path,
 
 
 def test_a_second_signal_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the same signal that comes twice: a terminal sends Ctrl-C to all, and torchrun passes it on."""
+    with interrupts.heard("it ends soon") as asked:
+        assert asked() is None
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert asked() is signal.SIGINT
     monkeypatch.setattr(interrupts, "SECONDS", 0.0)
     with interrupts.heard("it ends soon") as asked:
         signal.raise_signal(signal.SIGINT)
@@ -173,13 +189,52 @@ def test_a_second_signal_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
             signal.raise_signal(signal.SIGINT)
 
 
-def test_one_signal_that_comes_twice_is_one() -> None:
-    """A terminal sends Ctrl-C to all, and torchrun passes it on."""
-    with interrupts.heard("it ends soon") as asked:
-        assert asked() is None
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert asked() is signal.SIGINT
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As of a job in the background, which Ctrl-C is not for."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.heard("it ends soon") as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked() is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_forked_child_ends_as_it_would_have() -> None:
+    with interrupts.heard("it ends soon"):
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def unread(file: Path, run: Path) -> None:
+    """A run whose reader ends by the signal that the run gets, as `| tee` does."""
+    reader, writer = os.pipe()
+    for stream in (1, 2):
+        os.dup2(writer, stream)
+    os.close(reader)
+    with after_steps(2, signal.SIGINT):
+        app(["train", str(file), "--out", str(run), "--set", "every.log=1"])
+
+
+def test_a_run_that_nobody_reads_any_more_ends_as_well(file: Path, tmp_path: Path) -> None:
+    ((code, _),) = together(unread, file, tmp_path / "run", processes=1)
+    assert (code, Checkpoints(tmp_path / "run" / "checkpoints").steps()) == (128 + signal.SIGINT, [2])
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--resume"], "which is no run: it has no config.yaml; begin it with a config"),
+        ([], "got no config, takes a YAML file; a run that was begun goes on with its own by --resume"),
+    ],
+)
+def test_without_a_config_only_a_run_goes_on(tmp_path: Path, words: list[str], told: str) -> None:
+    done = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), *words])
+    assert done.exit_code == 1
+    assert told in done.stderr
 
 
 @pytest.mark.parametrize(

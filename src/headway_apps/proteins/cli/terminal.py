@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,14 @@ def failures() -> Iterator[None]:
 def _exit(told: str) -> typer.Exit:
     typer.echo(f"error: {' '.join(told.split())}", err=True)
     return typer.Exit(1)
+
+
+def say(line: str, err: bool = False) -> None:
+    """To a stream whose reader may have ended, as `tee` does by the same Ctrl-C: what is done outlives it."""
+    try:
+        typer.echo(line, err=err)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headway import RequestError
-from headway_apps.proteins.cli.terminal import failures
+from headway_apps.proteins.cli.terminal import failures, say
 from headway_apps.training import interrupts
 
 if TYPE_CHECKING:
@@ -35,15 +36,14 @@ def command(
         from headway_apps.proteins.train.trainer import train
 
         given = _config(config, out, set_ or [], resume)
-        done = train(given, out, resume=resume, told=lambda line: typer.echo(line, err=True), asked_to_stop=asked)
+        done = train(given, out, resume=resume, told=lambda line: say(line, err=True), asked_to_stop=asked)
+        stopped, last = done.step < given.run.steps, f"{given.run.steps:,}"
         if done.rank == 0:
             best = "" if done.best is None else f", at best {done.best:.4f} nats per residue held out"
-            typer.echo(f"{done.folder}: {done.step:,} steps{best}")
-        if done.step < given.run.steps:
-            if done.rank == 0:
-                typer.echo(
-                    f"stopped before step {given.run.steps:,}; headway proteins train --out {out} --resume goes on"
-                )
+            say(f"{done.folder}: {done.step:,} steps{best}")
+        if stopped and done.rank == 0:
+            say(f"stopped before step {last}; headway proteins train --out {shlex.quote(str(out))} --resume goes on")
+        if stopped:
             raise typer.Exit(128 + (asked() or signal.SIGTERM))  # another process may be the one that heard it
 
 
@@ -52,4 +52,6 @@ def _config(file: Path | None, run: Path, changes: list[str], resume: bool) -> C
 
     if file is None and not resume:
         raise RequestError("got no config, takes a YAML file; a run that was begun goes on with its own by --resume")
+    if file is None and not (run / FILE).is_file():
+        raise RequestError(f"got --resume for {run}, which is no run: it has no {FILE}; begin it with a config")
     return read(run / FILE if file is None else file, changes)

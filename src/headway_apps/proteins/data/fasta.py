@@ -20,7 +20,8 @@ from headway_apps.proteins.alphabet import AMBIGUOUS, STANDARD, raised
 from headway_apps.proteins.errors import DataError
 
 _UNIREF50 = re.compile(r"UniRef50_\S+$")
-_SEQUENCE = re.compile(rb"[A-Za-z*.\s-]*")
+_NO_SEQUENCE = re.compile(rb"[\x00|,;:=#<>(){}\[\]\"'/\\]")
+"""What a table, a header, markup or UTF-16 has in its first line, and a sequence or a template never."""
 _NUCLEOTIDES = frozenset("ACGTUN")
 
 
@@ -65,10 +66,10 @@ def _records(lines: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[Record]:
             kind = line.strip()[:1]
             if kind == b"@":
                 raise DataError(f"got {path}, which reads as FASTQ, takes FASTA or one sequence a line; convert it")
-            if kind not in (b"", b">") and not _SEQUENCE.fullmatch(line):
+            if kind not in (b"", b">") and _NO_SEQUENCE.search(line):
                 raise DataError(
                     f"got {path}, whose line {number} is neither a header of FASTA, which begins with >, nor"
-                    f" a sequence: {_text(line).strip()[:40]!r}; takes FASTA, or a list with a sequence a line"
+                    f" a sequence: {_text(line).strip()[:40]!r}; takes FASTA, or a list with a sequence a line, in UTF-8"
                 )
         if kind == b">" and line.startswith(b">"):
             if header is not None:

@@ -295,10 +295,10 @@ class Trainer:
         stops = False
         while self.step < self.config.run.steps and not stops:
             self._one()
-            if self._due(self.config.every.log):
+            stops = self._stops()
+            if stops or self._due(self.config.every.log):
                 loss = self._log()
             with self.window.paused():
-                stops = self._stops()
                 self._between(stops)
         if self.tracker is not None and not stops:
             self.tracker.log(
