@@ -85,6 +85,21 @@ def test_what_is_drawn_is_what_the_steps_say() -> None:
     assert drawn.calls == 4
 
 
+@pytest.mark.parametrize("sampler", [Euler(64), Analytic(64), FirstHitting()], ids=lambda x: type(x).__name__)
+def test_what_the_cross_entropy_leaves_open_changes_no_sample(sampler: Sampler) -> None:
+    """It tells a network how scores of a site differ, and not their sum, which the noise alone says."""
+    source, tokens = table(3), torch.zeros(500, 3, dtype=torch.int64)
+
+    def adrift(tokens: Tensor, sigma_bar: Tensor, lengths: Tensor | None) -> Tensor:
+        return source.masks_model(tokens, sigma_bar, lengths) + 9 * torch.sin(tokens.sum(-1) + sigma_bar)[:, None, None]
+
+    exact, other = (
+        sampler.sample(model, MASKS, SCHEDULE, tokens, generator=rng(4)).tokens
+        for model in (source.masks_model, adrift)
+    )
+    assert torch.equal(exact, other)
+
+
 @pytest.mark.parametrize("source", [table(3), markov(4)], ids=["table", "markov"])
 def test_first_hitting_is_exact_in_as_many_calls_as_sites(source: Source) -> None:
     count = 15_000

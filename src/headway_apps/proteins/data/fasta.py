@@ -68,8 +68,8 @@ def _records(lines: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[Record]:
                 raise DataError(f"got {path}, which reads as FASTQ, takes FASTA or one sequence a line; convert it")
             if kind not in (b"", b">") and _NO_SEQUENCE.search(line):
                 raise DataError(
-                    f"got {path}, whose line {number} is neither a header of FASTA, which begins with >, nor"
-                    f" a sequence: {_text(line).strip()[:40]!r}; takes FASTA, or a list with a sequence a line, in UTF-8"
+                    f"got {path}, whose line {number} is neither a header of FASTA, which begins with >, nor a"
+                    f" sequence: {_text(line).strip()[:40]!r}; takes FASTA, or a list with a sequence a line, in UTF-8"
                 )
         if kind == b">" and line.startswith(b">"):
             if header is not None:

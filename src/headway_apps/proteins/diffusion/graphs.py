@@ -34,7 +34,7 @@ class Graph(abc.ABC):
     def __post_init__(self) -> None:
         if len(set(self.ids)) != len(self.ids) or not all(0 <= i < self.size for i in self.ids):
             raise RequestError(f"got ids {self.ids}; takes different ids from 0 to {self.size - 1}")
-        object.__setattr__(self, "columns", tuple(column in self.ids for column in range(self.size)))
+        object.__setattr__(self, "columns", self._columns(self.ids))
 
     @property
     def states(self) -> int:
@@ -63,9 +63,12 @@ class Graph(abc.ABC):
         jumped = (uniform(probability, generator) < probability).to(tokens.device)
         return torch.where(free & jumped, self.noise(tokens, generator, self.ids), tokens)
 
-    def restrict(self, log_score: Tensor, allowed: tuple[int, ...]) -> Tensor:
-        """Log scores of which nothing but `allowed`, some of `ids`, can come."""
-        return only(log_score, tuple(column in allowed for column in range(self.size)))
+    def restrict(self, log_score: Tensor, allowed: tuple[int, ...], sigma_bar: Tensor) -> Tensor:
+        """Log scores at this noise of which nothing but `allowed`, some of `ids`, can come."""
+        return only(log_score, self._columns(allowed))
+
+    def _columns(self, ids: tuple[int, ...]) -> tuple[bool, ...]:
+        return tuple(column in ids for column in range(self.size))
 
     @abc.abstractmethod
     def noise(self, tokens: Tensor, generator: torch.Generator, allowed: tuple[int, ...]) -> Tensor:
@@ -139,14 +142,17 @@ class Absorbing(Graph):
     def reaches(self, noised: Tensor, clean: Tensor) -> Tensor:
         return (noised == clean) | (noised == self.mask)
 
-    def restrict(self, log_score: Tensor, allowed: tuple[int, ...]) -> Tensor:
-        """What others had goes to `allowed` in proportion, so that sites are revealed as fast as before."""
-        every, kept = only(log_score, self.columns), super().restrict(log_score, allowed)
-        return kept + (every.logsumexp(-1, keepdim=True) - kept.logsumexp(-1, keepdim=True))
+    def restrict(self, log_score: Tensor, allowed: tuple[int, ...], sigma_bar: Tensor) -> Tensor:
+        """What others had goes to `allowed` in proportion.
 
-    def log_clean(self, log_score: Tensor) -> Tensor:
+        All scores of a masked site sum to 1 / (exp(sigma_bar) - 1), whatever it holds, or sites would not be revealed
+        as fast as noise hides them. A network need not know that: the cross-entropy leaves the sum open.
+        """
+        return self.log_clean(log_score, allowed) - log_expm1(sigma_bar).to(log_score.device)[..., None]
+
+    def log_clean(self, log_score: Tensor, allowed: tuple[int, ...] | None = None) -> Tensor:
         """Log probabilities (..., size) of what a masked site holds: its log scores but for one constant."""
-        return only(log_score, self.columns).log_softmax(-1)
+        return only(log_score, self.columns if allowed is None else self._columns(allowed)).log_softmax(-1)
 
     def entropy(self, log_score: Tensor, sigma_bar: Tensor, noised: Tensor, clean: Tensor) -> Tensor:
         # The true ratio is r = 1 / (exp(sigma_bar) - 1) for the clean id, and 0 for the others.

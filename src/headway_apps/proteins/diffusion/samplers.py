@@ -91,10 +91,6 @@ class Chain:
         self.calls += 1
         return self.sequences.ask(self.model, self.tokens, sigma_bar)
 
-    def restricted(self, log_score: Tensor) -> Tensor:
-        """In float64, with no way to what is not allowed."""
-        return self.graph.restrict(doubled(log_score), self.allowed)
-
     def draw(self, weights: Tensor) -> None:
         """Give each free site a state with these weights (T, states)."""
         free = self.free.to(weights.device)
@@ -121,7 +117,8 @@ class Stepped(Sampler):
         levels = chain.schedule.sigma_bar(times)
         removed = self.noise_removed(chain.schedule, times)
         for level, sigma in zip(levels, [*removed.tolist(), None], strict=True):
-            scores = chain.restricted(chain.ask(level.expand(chain.sequences.count)))
+            asked = doubled(chain.ask(level.expand(chain.sequences.count)))
+            scores = chain.graph.restrict(asked, chain.allowed, level)
             tokens = chain.tokens.to(scores.device)
             if sigma is None:
                 chain.draw(chain.graph.denoise(tokens, scores, float(level)))
@@ -188,8 +185,8 @@ class FirstHitting(Sampler):
         sigma_bars = (-torch.log1p(-shares)).to(document.device, torch.float32)
         order = _reveal_order(document, chain.free, chain.generator, left, calls)
         for sigma_bar, sites in zip(sigma_bars, order, strict=True):
-            log_score = chain.restricted(chain.ask(sigma_bar)[sites])
-            drawn = categorical(chain.graph.log_clean(log_score), chain.generator).to(document.device)
+            log_clean = chain.graph.log_clean(doubled(chain.ask(sigma_bar)[sites]), chain.allowed)
+            drawn = categorical(log_clean, chain.generator).to(document.device)
             chain.tokens = chain.tokens.index_copy(0, sites, drawn)
 
 
