@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import by_hand
 import pytest
 import torch
 
 from headway import MaskError
-from headway.masks import Alibi, Bias, Causal, Dense, Frame, Padding
+from headway.masks import Alibi, Bias, Causal, Dense, Frame, Mask, Padding, recognise
 
 FRAME = Frame(3, 4, batch=2, heads=2)
 
@@ -132,3 +134,10 @@ def test_half_precision_slopes_are_counted_in_float32() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         bias = Alibi(torch.tensor([1.0], dtype=dtype), align="upper-left").to_additive(frame, torch.float32)
         assert bias.flatten().tolist() == [-float(n) for n in range(70_001)]
+
+
+@pytest.mark.parametrize("make", [Dense, Bias, Alibi, recognise])
+@pytest.mark.parametrize("wrong", [[[True]], None])
+def test_what_is_no_tensor_is_refused(make: Callable[[Any], Mask], wrong: object) -> None:
+    with pytest.raises(MaskError, match=f"of type {type(wrong).__name__}, takes a tensor: torch.as_tensor"):
+        make(wrong)

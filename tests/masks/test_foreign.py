@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import by_hand
 import pytest
@@ -13,6 +15,7 @@ from torch.nn import functional
 from headway import MaskError
 from headway.masks import (
     Frame,
+    Full,
     Mask,
     from_attn_mask,
     from_key_padding_mask,
@@ -148,3 +151,17 @@ def test_transformers_numbers(dtype: torch.dtype) -> None:
 def test_refusals(make, words: str) -> None:
     with pytest.raises(MaskError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "make", [from_sdpa, from_key_padding_mask, from_transformers, lambda mask: from_attn_mask(mask, 2)]
+)
+def test_none_hides_nothing_and_what_is_no_tensor_is_refused(make: Callable[[Any], Mask]) -> None:
+    assert make(None) == Full()
+    with pytest.raises(MaskError, match="of type list, takes a tensor: torch.as_tensor"):
+        make([[True, False]])
+
+
+def test_numbers_of_packed_documents_are_no_padding() -> None:
+    with pytest.raises(MaskError, match=r"other numbers than 0 and 1, takes 1 for a real token; .* Documents"):
+        from_transformers(torch.tensor([[1, 1, 2]]))

@@ -83,7 +83,7 @@ def test_changes_from_the_command_line() -> None:
         ("noise: {sigma_max: 3}\n", "got sigma_max, takes reaches, eps with schedule: log-linear"),
         ("noise: {graph: uniform}\n", "takes loss: score-entropy"),
         ("curriculum: {shape: linear}\n", "got shape, which kind: none does not take"),
-        ("optim: {warmup: 4000}\n", "got a warm-up of 4000 in 3000 steps"),
+        ("optim: {warmup: 4000}\n", "got optim.warmup=4000 in run.steps=3000, takes less; say optim.warmup"),
         ("keep: {trackers: [wandbb]}\n", "line 5: keep.trackers"),
         ("a: [", "line 5, column 5: cannot be read as YAML: while parsing a flow node, expected the node"),
         (

@@ -93,6 +93,14 @@ def test_a_left_padded_row_is_as_if_it_were_alone():
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [lambda m, a: (m, a), lambda m, a: {"input_ids": m, "attention_mask": a}])
+def test_filler_is_left_out_of_a_proof_however_the_mask_is_given(batch):
+    # Eager attention makes the mean of all values of a row that sees nothing, and its gradients are no one's.
+    model = copy.deepcopy(llama())
+    model.set_attn_implementation("eager")
+    assert headway.swap(model, batch(ids(2, 9), real("left"))).certificate.passed
+
+
 def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
 
@@ -112,7 +120,7 @@ def test_packed_documents_do_not_leak(name):
         wants |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 5, "max_length_k": 5}
     one, two = (model(x, **wants).logits[0] for x in (tokens, other))
     assert not torch.allclose(one[:5], two[:5])
-    assert torch.equal(one[5:], two[5:])
+    _same(name, one[5:], two[5:])
     alone = model(tokens[:, 5:], **FLAGS).logits[0]
     torch.testing.assert_close(one[5:], alone, atol=1e-5, rtol=1e-5)
 
@@ -125,8 +133,14 @@ def test_no_token_sees_a_later_one(name, side):
     other = ids(2, 9)
     other[:, 5] = other[:, 5] % 60 + 3
     one, two = (model(x, attention_mask=mask, **FLAGS).logits for x in (ids(2, 9), other))
-    assert torch.equal(one[:, :5], two[:, :5])
+    _same(name, one[:, :5], two[:, :5])
     assert not torch.allclose(one[:, 5:], two[:, 5:])
+
+
+def _same(name, one, two):
+    # gpt_oss computes the tokens of an expert together, and how many they are may change how a processor rounds.
+    off = 1e-5 if name == "gpt_oss" else 0
+    torch.testing.assert_close(one, two, atol=off, rtol=off)
 
 
 def test_prefix_tokens_see_each_other():

@@ -360,6 +360,13 @@ def test_the_census_tells_runs_of_a_kernel_from_runs_in_full() -> None:
     assert asked.endswith(": in full for its weights (3 runs; a call that asks for none runs on a kernel)")
 
 
+def test_a_proof_that_needed_no_kernel_says_so() -> None:
+    model, x = nn.MultiheadAttention(16, 2, batch_first=True), torch.randn(2, 5, 16)
+    told = str(swap(model, (x, x, x)))
+    assert "nn.MultiheadAttention: no call has run on a kernel yet" in told
+    assert "edge deck: none, as the example needed no kernel" in told
+
+
 def test_a_second_swap_replaces_the_first() -> None:
     """Not on top of it: one class deep, one census, and undo ends at the stock classes."""
     model = made().eval()

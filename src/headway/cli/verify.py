@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Check a certificate: its form, that its verdict follows from its numbers, and its edge deck, dealt again here.
 
-    Exits with 1 if it does not hold, with 2 if it cannot be read.
+    Exits with 1 if it does not hold, with 2 if it cannot be read or contradicts itself.
     """
     try:
         with told("reading it"):

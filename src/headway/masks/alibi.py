@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headway.errors import MaskError
-from headway.masks.base import Mask, Rule, Score, Witness, shape_of
+from headway.masks.base import Mask, Rule, Score, Witness, must_be_tensor, shape_of
 from headway.masks.causal import Align, check_align
 from headway.masks.frame import Frame
 from headway.masks.full import Full
@@ -30,6 +30,7 @@ class Alibi(Mask):
 
     def __post_init__(self) -> None:
         check_align(self.align)
+        must_be_tensor(self.slopes, "slopes")
         if self.slopes.ndim != 1 or not self.slopes.is_floating_point():
             raise MaskError(f"got slopes {shape_of(self.slopes)}, takes one floating-point number per head")
 

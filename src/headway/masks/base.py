@@ -365,6 +365,11 @@ def shape_of(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
+def must_be_tensor(value: object, what: str) -> None:
+    if not isinstance(value, Tensor):
+        raise MaskError(f"got {what} of type {type(value).__name__}, takes a tensor: torch.as_tensor(x)")
+
+
 def holds_integers(tensor: Tensor) -> bool:
     """True for numbers that count; bools do not."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

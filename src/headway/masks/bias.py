@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headway.errors import MaskError
-from headway.masks.base import Mask, Rule, Score, Witness, narrowed, shape_of
+from headway.masks.base import Mask, Rule, Score, Witness, must_be_tensor, narrowed, shape_of
 from headway.masks.dense import four_axes
 from headway.masks.frame import Frame
 from headway.masks.full import Full
@@ -29,6 +29,7 @@ class Bias(Mask):
     adds_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        must_be_tensor(self.bias, "a bias")
         if not self.bias.is_floating_point():
             raise MaskError(
                 f"got {shape_of(self.bias)}, takes floating-point numbers; for yes and no use Dense(tensor)"

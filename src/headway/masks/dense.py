@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headway.errors import MaskError
-from headway.masks.base import Mask, Rule, shape_of
+from headway.masks.base import Mask, Rule, must_be_tensor, shape_of
 from headway.masks.frame import Frame
 
 
@@ -38,6 +38,7 @@ class Dense(Mask):
     kind: ClassVar[str] = "dense"
 
     def __post_init__(self) -> None:
+        must_be_tensor(self.may, "a mask")
         if self.may.dtype != torch.bool:
             raise MaskError(
                 f"got {shape_of(self.may)}, takes a bool tensor that is True where attention may go;"

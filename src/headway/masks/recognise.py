@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headway.errors import MaskError
-from headway.masks.base import And, Mask, shape_of
+from headway.masks.base import And, Mask, must_be_tensor, shape_of
 from headway.masks.bias import Bias
 from headway.masks.causal import Align, Causal
 from headway.masks.dense import Dense
@@ -31,6 +31,7 @@ def recognise(tensor: Tensor) -> Mask:
     >>> recognise(torch.zeros(2, 4).index_fill(1, torch.tensor([3]), float("-inf")))
     Padding(int64[1], side='right')
     """
+    must_be_tensor(tensor, "a mask")
     if tensor.ndim < 2 or tensor.ndim > 4:
         raise MaskError(
             f"got {shape_of(tensor)}, takes (queries, keys) with up to two axes before them;"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -110,6 +111,12 @@ def names_of(inputs: Inputs) -> list[str]:
 def _random_state(module: nn.Module) -> list[Tensor]:
     cards = {p.device for p in module.parameters() if p.device.type == "cuda"}
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cards)]
+
+
+def named(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """What the module was called with, by the names of its parameters, also what was given by its place."""
+    given = inspect.signature(module.forward).bind_partial(*inputs.args, **inputs.kwargs).arguments
+    return {**given, **inputs.kwargs}
 
 
 def rows_that_see(mask: Any) -> Tensor | None:

@@ -59,7 +59,7 @@ def _line(ticket: Ticket) -> str:
     ran = [f"{backend}{_runs(count)}" for backend, count in chosen.most_common()]
     if ticket.in_full:
         ran.append(f"in full for its weights ({_times(ticket.in_full)}; a call that asks for none runs on a kernel)")
-    return f"  {_name(ticket)}  {ticket.kind}{_asked(ticket)}: {', '.join(ran) or 'has not run yet'}"
+    return f"  {_name(ticket)}  {ticket.kind}{_asked(ticket)}: {', '.join(ran) or 'no call has run on a kernel yet'}"
 
 
 def _runs(count: int) -> str:

@@ -28,7 +28,7 @@ from headway.sites import transformers
 from headway.sites.copies import deep_copy
 from headway.sites.seen import Inputs, see
 from headway.sites.site import Ticket, site_of
-from headway.swap.answer import SEED, Answer, answer, names_of, rows_that_see, wants_no_gradients
+from headway.swap.answer import SEED, Answer, answer, named, names_of, rows_that_see, wants_no_gradients
 from headway.swap.deck import Card, Shape, deal
 from headway.swap.judge import Errors, errors_of, finite, with_usual, worse
 from headway.swap.still import still
@@ -105,6 +105,8 @@ class Certificate:
         ran = [card for card in self.deck if card.backend]
         refused = len(self.deck) - len(ran)
         good = sum(not card.failure for card in ran)
+        if not self.deck:
+            return "none, as the example needed no kernel"
         return f"{good} of {len(ran)} calls right" + (f", {refused} refused" if refused else "")
 
     def as_dict(self) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def _prove(ticket: Ticket, module: nn.Module, inputs: Inputs, restore: Restore, 
     # Eager attention of transformers also returns weights that nobody asked for.
     run: Run = partial(answer, inputs=inputs, at_most=1 if ticket.kind == transformers.KIND else None)
     if any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__):
-        run = partial(run, seeing=rows_that_see(inputs.kwargs.get("attention_mask")))
+        run = partial(run, seeing=rows_that_see(named(module, inputs).get("attention_mask")))
     run, before, left_out = _before(run, partial(copied, module, restore), inputs)
     judge, truth = _truth(copied(module, restore), run, before)
     judge += left_out

@@ -216,7 +216,9 @@ class Config(Section):
         except HeadwayError as error:
             raise ValueError(f"model: {error}") from error
         if self.optim.warmup >= self.run.steps:
-            raise ValueError(f"got a warm-up of {self.optim.warmup} in {self.run.steps} steps, takes less")
+            raise ValueError(
+                f"got optim.warmup={self.optim.warmup} in run.steps={self.run.steps}, takes less; say optim.warmup"
+            )
         return self
 
     @property

@@ -181,6 +181,12 @@ def test_what_may_mislead_is_noted(data: Prepared, tmp_path: Path) -> None:
     assert Evaluation.load(tmp_path / "evaluation.json").notes == there.notes
 
 
+def test_a_model_that_is_not_there_is_told_as_that(data: Prepared, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path / "none"), "--data", str(data.folder)])
+    assert done.exit_code == 1
+    assert "none, which has neither" in done.stderr
+
+
 @pytest.mark.parametrize(
     "text, told",
     [

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from headway_apps.proteins.config import Config
 from headway_apps.proteins.train import trainer
 from headway_apps.proteins.train.trainer import Outcome, TrainingError, train
 from headway_apps.training.checkpoints import Checkpoints
+from headway_apps.training.errors import TrackerError
 from headway_apps.training.trackers import read
 
 Configs = Callable[..., Config]
@@ -166,6 +168,15 @@ def test_no_run_is_begun_among_other_files_or_in_one(config: Configs, tmp_path: 
     assert (tmp_path / "mine" / "config.yaml").read_bytes() == b"\xff mine"
     with pytest.raises(TrainingError, match="config.yaml, which is a file, takes a folder"):
         train(config(), tmp_path / "mine" / "config.yaml")
+
+
+def test_a_tracker_that_is_refused_leaves_no_run_behind(
+    config: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrackerError, match="pip install wandb, or leave it out"):
+        train(config("keep.trackers=[wandb]"), tmp_path / "run")
+    train(config("run.steps=4"), tmp_path / "run")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(config: Configs, tmp_path: Path) -> None:

@@ -52,8 +52,7 @@ def command(
 
     if samples is not None and count:
         raise RequestError("got --samples and --count, takes one of them: a file, or how many to draw")
-    out = model / "evaluation.json" if out is None else out
-    if not out.absolute().parent.is_dir():
+    if out is not None and not out.absolute().parent.is_dir():
         raise DataError(f"got --out {out}, takes a file in a folder that is there; make {out.absolute().parent}")
     where = precision.device(device)
     trained, name, trained_on = opened(model, best=best)
@@ -65,6 +64,7 @@ def command(
             trained, prepared, model=name, trained_on=trained_on, part=part, samples=given, tokens=tokens,
             draws=draws, sequences=sequences, seed=seed, device=where, progress=tell,
         )  # fmt: skip
+    out = model / "evaluation.json" if out is None else out
     found.save(out)
     show(found, Console())
     typer.echo(f"written: {out}")

@@ -249,8 +249,8 @@ class Trainer:
         if was["run.steps"] != now["run.steps"]:
             self.told(
                 f"run.steps was {was['run.steps']}, is {now['run.steps']}: from here the learning rate falls to that"
-                " step, and this is another run than one that was begun so; leave the config out to go on with"
-                " the run's own"
+                " step, and this is another run than one that was begun so; with neither a config nor --set it goes"
+                " on as it was begun"
             )
         return found
 
@@ -278,11 +278,10 @@ class Trainer:
         self.batches.load_state_dict(kept["place"])
 
     def _tracker(self) -> Trackers:
-        self.run.mkdir(parents=True, exist_ok=True)
-        folders.replace(self.run / FILE, self.config.to_yaml())
-        keep = self.config.keep
-        name = keep.name or self.run.name
-        return Trackers(keep.trackers, self.run, keep.project, name, _flat(self.config.model_dump()), after=self.step)
+        keep, told = self.config.keep, _flat(self.config.model_dump())
+        made = Trackers(keep.trackers, self.run, keep.project, keep.name or self.run.name, told, after=self.step)
+        folders.replace(self.run / FILE, self.config.to_yaml())  # or one that is refused would leave a run behind
+        return made
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
