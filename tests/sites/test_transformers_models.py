@@ -224,7 +224,10 @@ class InFloat64(TorchFunctionMode):
 
 
 def check_against_float64(model: Any, inputs: dict[str, Any]) -> None:
-    """Ours errs no more than a small multiple of what eager attention errs in float32."""
+    """Ours errs no more than a small multiple of what eager attention errs in float32.
+
+    A gradient that is 0 in truth, as of a bias of keys, is nothing but rounding of others, and counts as of some size.
+    """
     with InFloat64():
         truth = answers(copy.deepcopy(model).double(), doubled(inputs))
     plain = answers(model, inputs)
@@ -234,8 +237,9 @@ def check_against_float64(model: Any, inputs: dict[str, Any]) -> None:
     assert tickets
     assert all(ticket.runs for ticket in tickets)
     assert len(now) == len(plain) == len(truth)
+    largest = max(true.abs().max() for true in truth)
     for mine, theirs, true in zip(now, plain, truth, strict=True):
-        scale = true.abs().max()
+        scale = largest / 30 if true.abs().max() < 1e-12 * largest else true.abs().max()
         for norm in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
             assert norm(mine - true) <= 4 * norm(theirs - true) + 2e-6 * scale
 

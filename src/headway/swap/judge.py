@@ -61,7 +61,8 @@ def errors_of(
     """Compare what the judge, the model as it was and the model as it is say.
 
     `least` is what the truth counts as at least: a gradient that is 0 in truth is nothing but rounding of the others.
-    Where the model as it was has to be the judge, it gets a rounding or two to have erred by.
+    Where the model as it was has to be the judge, it gets a rounding or two to have erred by, and a gradient, which
+    goes forwards and back, twice as many.
     """
     truth, judged = truth.double(), 1.0
     now = torch.full_like(truth, math.nan) if now is None else now
@@ -72,7 +73,9 @@ def errors_of(
     if judged == 0:
         return Errors(what, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, eps)
     largest, rms = (max(least, size) for size in _sizes(truth))
-    worst_before, rms_before = (2 * eps * largest, eps * rms) if judge_is_before else _sizes(before - truth)
+    passes = 1 if what.startswith("forward") else 2
+    own = (2 * passes * eps * largest, passes * eps * rms)
+    worst_before, rms_before = own if judge_is_before else _sizes(before - truth)
     worst_now, rms_now = _sizes(now - truth)
     return Errors(
         what,

@@ -133,12 +133,13 @@ def test_more_than_memory_holds_is_refused_or_not_looked_at(
     [
         (
             "<!DOCTYPE html>\n<p>404 Not Found</p>\n",
-            r"the rules take \(2 read; 0 taken; 2 rejected: not",
+            "line 1 is neither a header of FASTA, which begins with >, nor a sequence: '<!DOCTYPE html>'",
         ),
+        ("404\nNot Found.\n", r"the rules take \(2 read; 0 taken; 1 rejected: not"),
         ("", r"no sequence that the rules take \(0 read"),
         (">a\n" + "MKTAYIAKQR" * 5, "got no sequence for held_out out of 1"),
     ],
-    ids=["an error page", "nothing", "one sequence"],
+    ids=["an error page", "an error", "nothing", "one sequence"],
 )
 def test_a_download_that_failed_is_no_data_set(text: str, says: str, tmp_path: Path) -> None:
     """Nothing takes its place."""
