@@ -278,10 +278,16 @@ class Trainer:
         self.batches.load_state_dict(kept["place"])
 
     def _tracker(self) -> Trackers:
-        keep, told = self.config.keep, _flat(self.config.model_dump())
-        made = Trackers(keep.trackers, self.run, keep.project, keep.name or self.run.name, told, after=self.step)
-        folders.replace(self.run / FILE, self.config.to_yaml())  # or one that is refused would leave a run behind
-        return made
+        keep, told, file = self.config.keep, _flat(self.config.model_dump()), self.run / FILE
+        self.run.mkdir(parents=True, exist_ok=True)
+        is_new = not file.exists()
+        folders.replace(file, self.config.to_yaml())  # first of all, as it says whose folder this is
+        try:
+            return Trackers(keep.trackers, self.run, keep.project, keep.name or self.run.name, told, after=self.step)
+        except HeadwayError:
+            if is_new:
+                file.unlink()
+            raise
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
