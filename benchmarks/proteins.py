@@ -154,7 +154,7 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tok
             model, objective, autocast, tokens=tokens, longest=int(lengths.max()), mean=float(lengths.mean())
         )
 
-    def step(number: int) -> tuple[int, float, float]:
+    def step(number: int) -> Batch:
         host = next(stream)
         if device.type == "cuda":
             host = host.pin_memory()
@@ -170,7 +170,7 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tok
         optimizer.step()
         optimizer.zero_grad() if replay is None else replay.gradients.zero()
         average.update(model)
-        return host.residues, operations(config, host), usual(config, PRESETS[name].parameters, host)
+        return host
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -184,7 +184,8 @@ def timed(name: str, way: str, part: Part, device: torch.device, steps: int, tok
     asked = time.perf_counter() - begun
     wait(device)
     seconds = time.perf_counter() - begun
-    residues, work, counted = (sum(each) for each in zip(*done, strict=True))
+    residues, work = sum(each.residues for each in done), sum(operations(config, each) for each in done)
+    counted = sum(usual(config, PRESETS[name].parameters, each) for each in done)
     peak = PEAK.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
     return {
         "group": "proteins", "preset": name, "tokens": tokens, "parameters": PRESETS[name].parameters, "way": way,
@@ -223,16 +224,8 @@ def main() -> None:
                 row = timed(name, way, part, torch.device(options.device), options.steps, options.tokens) | common
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                shown = (
-                    "preset",
-                    "way",
-                    "ms_a_step",
-                    "host_ms_a_step",
-                    "residues_per_second",
-                    "mfu",
-                    "mfu_usual",
-                    "peak_gib",
-                )
+                shown = ("preset", "way", "ms_a_step", "host_ms_a_step", "residues_per_second", "mfu", "mfu_usual",
+                         "peak_gib")  # fmt: skip
                 print(*(row[key] for key in shown), flush=True)
                 torch.compiler.reset()
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import headway
 from headway import Causal, Documents, Full, Mask, Padding, Prefix, Window
 from headway.cli import app
-from headway.cli.mask_words import ALIGNED, SAMPLES
+from headway.cli.masks import ALIGNED, SAMPLES
 
 RUN = CliRunner()
 

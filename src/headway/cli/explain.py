@@ -11,7 +11,7 @@ from headway.attention import asked_backend
 from headway.choice.choose import choose
 from headway.choice.here import here
 from headway.cli.examine import all_devices
-from headway.cli.mask_words import ALIGNED, SAMPLES, in_words
+from headway.cli.masks import ALIGNED, PLAIN, read
 from headway.cli.models import SHORT
 from headway.errors import HeadwayError, UnknownNameError
 from headway.limits.request import CONTRACTS, Request
@@ -19,8 +19,10 @@ from headway.masks.frame import Frame
 from headway.masks.terms import rows_may_be_empty, terms
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-KINDS = ", ".join(name for name in SAMPLES if name not in ALIGNED and not name.endswith(("-left", "-right")))
-MASK = f"Kinds joined by &, | and ~, of: {', '.join(ALIGNED)} (each with -lower-right or -upper-left too), {KINDS}."
+MASK = (
+    f"Kinds joined by &, | and ~, of: {', '.join(ALIGNED)} (each with -lower-right or -upper-left too),"
+    f" {', '.join(PLAIN)}."
+)
 
 
 def command(
@@ -56,7 +58,7 @@ def command(
         )
     frame = Frame(q_len, q_len if kv_len is None else kv_len, batch, heads)
     try:
-        said = in_words(mask, frame)
+        said, where = read(mask, frame), _here(device)
         request = Request(
             batch=batch,
             heads=heads,
@@ -66,7 +68,7 @@ def command(
             head_dim=head_dim,
             value_dim=head_dim if value_dim is None else value_dim,
             dtype=_known("dtype", SHORT.get(dtype, dtype), DTYPES),
-            device=_here(device).type,
+            device=where.type,
             mask=terms(said, frame).kinds(frame),
             rows_may_be_empty=empty_rows or rows_may_be_empty(said, frame),
             mask_needs_grad=mask_gradient,
@@ -78,7 +80,7 @@ def command(
             compiled=compiled,
             require=frozenset(_known("contract", word, CONTRACTS) for word in require or ()),
         )
-        decision = choose(request, here(_here(device)), asked_backend(backend))
+        decision = choose(request, here(where), asked_backend(backend))
     except HeadwayError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(str(decision))

@@ -14,6 +14,7 @@ SECONDS = 2.0
 """In which several are one: a terminal sends Ctrl-C to all processes, and torchrun passes it on once more."""
 
 Asked = Callable[[], "signal.Signals | None"]
+"""Says None while the work is to go on."""
 
 
 @contextmanager

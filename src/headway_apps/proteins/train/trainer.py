@@ -40,6 +40,7 @@ from headway_apps.proteins.trained import Trained
 from headway_apps.training import folders, precision
 from headway_apps.training.average import Average
 from headway_apps.training.checkpoints import Checkpoint, Checkpoints
+from headway_apps.training.interrupts import Asked
 from headway_apps.training.rates import Rate
 from headway_apps.training.trackers import Trackers
 
@@ -51,8 +52,6 @@ MAY_CHANGE = (
 """Keys of a config with which a run may go on: the others would make another run of it."""
 
 Told = Callable[[str], None]
-Asked = Callable[[], object]
-"""Says None while a run is to go on."""
 
 
 class TrainingError(HeadwayError, RuntimeError):
@@ -326,7 +325,7 @@ class Trainer:
     def _between(self, stops: bool) -> None:
         """What is done after some steps."""
         every = self.config.every
-        if stops or self._due(every.evaluate) or self._due(every.save):
+        if self._due(every.evaluate) or self._due(every.save):
             self._check()
         if self._due(every.evaluate):
             self._evaluate()

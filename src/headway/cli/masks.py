@@ -1,19 +1,18 @@
 """Masks in words, as `headway explain --mask` takes them: kinds joined by &, | and ~, a sample of each at any lengths.
 
->>> in_words("causal & (padding | ~prefix)", Frame(4, 4)).kind
+>>> read("causal & (padding | ~prefix)", Frame(4, 4)).kind
 'and'
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Callable
 
 import torch
 
-from headway.errors import MaskError
+from headway.errors import MaskError, UnknownNameError
 from headway.masks import (
     Alibi,
     Bias,
@@ -39,15 +38,7 @@ ALIGNED: dict[str, Callable[[Frame, Align | None], Mask]] = {
 }
 """Kinds with a diagonal, which on unequal lengths has two readings."""
 
-
-def _aligned(suffix: str, align: Align | None) -> dict[str, Callable[[Frame], Mask]]:
-    def one(make: Callable[[Frame, Align | None], Mask]) -> Callable[[Frame], Mask]:
-        return lambda frame: make(frame, align)
-
-    return {name + suffix: one(make) for name, make in ALIGNED.items()}
-
-
-SAMPLES: dict[str, Callable[[Frame], Mask]] = {
+PLAIN: dict[str, Callable[[Frame], Mask]] = {
     "full": lambda frame: Full(),
     "prefix": lambda frame: Prefix(min(1, frame.kv_len)),
     "documents": lambda frame: Documents(_halves(frame.q_len), _halves(frame.kv_len)),
@@ -58,6 +49,18 @@ SAMPLES: dict[str, Callable[[Frame], Mask]] = {
     "dense": lambda frame: Dense(torch.ones(1, 1, dtype=torch.bool)),
     "bias": lambda frame: Bias(torch.zeros(1, 1)),
     "predicate": lambda frame: Predicate(lambda b, h, q, k: q >= k),
+}
+
+
+def _aligned(suffix: str, align: Align | None) -> dict[str, Callable[[Frame], Mask]]:
+    def one(make: Callable[[Frame, Align | None], Mask]) -> Callable[[Frame], Mask]:
+        return lambda frame: make(frame, align)
+
+    return {name + suffix: one(make) for name, make in ALIGNED.items()}
+
+
+SAMPLES: dict[str, Callable[[Frame], Mask]] = {
+    **PLAIN,
     **_aligned("", None),
     **_aligned("-upper-left", "upper-left"),
     **_aligned("-lower-right", "lower-right"),
@@ -65,29 +68,29 @@ SAMPLES: dict[str, Callable[[Frame], Mask]] = {
 """One mask of each kind, with numbers that make it no other: no choice depends on which."""
 
 
-def in_words(text: str, frame: Frame) -> Mask | None:
+def read(text: str, frame: Frame) -> Mask | None:
     """The mask that words mean at these lengths, or MaskError; None where nothing is said."""
     if not text.strip():
         return None
-    read = None
+    tree = None
     try:
         if re.fullmatch(r"[a-z\s&|~()_-]+", text):
-            read = ast.parse(text.replace("-", "_").strip(), mode="eval").body
-        mask = _built(read, text, frame)
+            tree = ast.parse(text.replace("-", "_").strip(), mode="eval").body
+        mask = _built(tree, text, frame)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise _unread(text) from error
     mask.check(frame)
     return mask
 
 
-def _built(read: ast.expr | None, text: str, frame: Frame) -> Mask:
-    if isinstance(read, ast.BinOp) and isinstance(read.op, ast.BitAnd | ast.BitOr):
-        left, right = _built(read.left, text, frame), _built(read.right, text, frame)
-        return left & right if isinstance(read.op, ast.BitAnd) else left | right
-    if isinstance(read, ast.UnaryOp) and isinstance(read.op, ast.Invert):
-        return ~_built(read.operand, text, frame)
-    if isinstance(read, ast.Name):
-        return _sample(read.id.replace("_", "-"), frame)
+def _built(tree: ast.expr | None, text: str, frame: Frame) -> Mask:
+    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitAnd | ast.BitOr):
+        left, right = _built(tree.left, text, frame), _built(tree.right, text, frame)
+        return left & right if isinstance(tree.op, ast.BitAnd) else left | right
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.Invert):
+        return ~_built(tree.operand, text, frame)
+    if isinstance(tree, ast.Name):
+        return _sample(tree.id.replace("_", "-"), frame)
     raise _unread(text)
 
 
@@ -99,9 +102,7 @@ def _unread(text: str) -> MaskError:
 
 def _sample(name: str, frame: Frame) -> Mask:
     if name not in SAMPLES:
-        close = difflib.get_close_matches(name, SAMPLES, 1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        raise MaskError(f"unknown kind of mask {name!r}; known: {', '.join(SAMPLES)}{meant}")
+        raise UnknownNameError("kind of mask", name, tuple(SAMPLES))
     if name in ALIGNED and frame.q_len != frame.kv_len:
         raise MaskError(
             f"got {name} on {frame.q_len} queries and {frame.kv_len} keys, which has two readings;"
