@@ -108,7 +108,7 @@ def show(found: Evaluation, console: Console) -> None:
     if ours.sequences < ours.of_sequences:
         console.print(f"The model: {ours.sequences:,} of {ours.of_sequences:,} sequences; the baselines: all.")
     if found.statistics:
-        console.print(_table(found.statistics))
+        console.print(_table(found.statistics, console.width))
         console.print(f"Samples: {found.samples}. Distances are to another half of {part}.")
     ran = found.attention[0]
     console.print(f"Attention: {ran.backend} on {ran.device}, {ran.why}.", markup=False)
@@ -118,12 +118,17 @@ def show(found: Evaluation, console: Console) -> None:
         console.print(f"Note: {note}.", markup=False)
 
 
-def _table(rows: list[Statistics]) -> Table:
+def _table(rows: list[Statistics], width: int) -> Table:
     from headway_apps.proteins.evaluate.statistics import measured
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in ("", *(row.name for row in rows)):
-        table.add_column(head, justify="right" if head else "left", min_width=0 if head else len("hydrophobic"))
-    for measure, cells in measured(rows):
-        table.add_row(measure, *cells)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    lines = [(name, *cells) for name, cells in measured(rows)]
+    columns = list(zip(("", *(row.name for row in rows)), *lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    if sum(widths) + 2 * len(columns) > width:  # folded between words, so that none of them is cut
+        widths = [max(len(word) for cell in column for word in cell.split()) for column in columns]
+    for (head, *_), wide in zip(columns, widths, strict=True):
+        table.add_column(head, justify="right" if head else "left", width=wide)
+    for line in lines:
+        table.add_row(*line)
     return table

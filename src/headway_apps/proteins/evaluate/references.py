@@ -3,11 +3,13 @@
 The held-out proteins are drawn into two halves. One is what all rows are compared with; of the other come the rows, but
 for the training proteins: families that are held out differ from those, and so would the best model's samples.
 
-    random       as many proteins, of the same lengths, each residue any of the twenty as likely
-    shuffled     those of the row `real`, each with its residues in a random order
-    training     as many of the training proteins, cut to the lengths of the samples
-    real         as many proteins, where there are as many, cut to the lengths of the samples
-    real, whole  all of the other half, as they are: also their lengths are nature's
+    random              as many proteins, of the same lengths, each residue any of the twenty as likely
+    training, shuffled  those of the row `training`, each with its residues in a random order: what a model is
+                        worth that learned which residues there are, and nothing of their order
+    training            as many of the training proteins, cut to the lengths of the samples
+    shuffled            those of the row `real`, each with its residues in a random order
+    real                as many proteins, where there are as many, cut to the lengths of the samples
+    real, whole         all of the other half, as they are: also their lengths are nature's
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 from headway import RequestError
 from headway_apps.proteins.alphabet import STANDARD
 
-NAMES = ("random", "shuffled", "training", "real", "real, whole")
+NAMES = ("random", "training, shuffled", "training", "shuffled", "real", "real, whole")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,15 @@ def references(held_out: Sequence[str], train: Sequence[str], lengths: Sequence[
     real = _cut(drawn[half:], [lengths[at] for at in rng.permutation(len(lengths))])
     letters = np.array(list(STANDARD))
     random = ["".join(rng.choice(letters, length)) for length in lengths]
-    shuffled = ["".join(rng.permutation(list(each))) for each in real]
+    shuffled = _shuffled(real, rng)
     chosen = [train[at] for at in rng.permutation(len(train))[: len(drawn) - half]]
     training = _cut(chosen, [lengths[at] for at in rng.permutation(len(lengths))])
-    return References(drawn[:half], dict(zip(NAMES, (random, shuffled, training, real, drawn[half:]), strict=True)))
+    rows = (random, _shuffled(training, rng), training, shuffled, real, drawn[half:])
+    return References(drawn[:half], dict(zip(NAMES, rows, strict=True)))
+
+
+def _shuffled(proteins: Sequence[str], rng: np.random.Generator) -> list[str]:
+    return ["".join(rng.permutation(list(each))) for each in proteins]
 
 
 def _cut(proteins: Sequence[str], lengths: Sequence[int]) -> list[str]:

@@ -36,11 +36,12 @@ ABOUT_BOUND = (
     " first, as the model is."
 )
 ABOUT_STATISTICS = (
-    "The samples beside proteins that are random, real with their residues shuffled, of the training data, and real;"
-    " these are cut to the lengths of the samples, and the last column is not. Distances are Jensen-Shannon distances"
-    " of k-mers (0 to 1) and the residues that lengths have to be moved, to another half of the held-out proteins. Low"
-    " complexity: residues in some window of 12 whose entropy is 2.2 bits or less. Identity: the share of a protein's"
-    " letters that a stretch of its nearest training sequence gives without an edit; a copy has 0.9 or more."
+    "The samples beside proteins that are random, of the training data, with their residues shuffled and as they are,"
+    " and real ones held out, likewise; all cut to the lengths of the samples but for the last column. Distances are"
+    " Jensen-Shannon distances of k-mers (0 to 1) and the residues that lengths have to be moved, to another half of"
+    " the held-out proteins. Low complexity: residues in some window of 12 whose entropy is 2.2 bits or less. Identity:"
+    " the share of a protein's letters that a stretch of its nearest training sequence gives without an edit; a copy"
+    " has 0.9 or more."
 )
 
 
