@@ -42,7 +42,9 @@ SIZE_16 = words("size 16")
 SIZES_TO_256 = words("size 128; size 256") | SIZE_16 | SIZE_40
 SIZE_264 = words("size 264")
 SIZE_76 = words("size 76")
-OTHER_VALUES = words("size 64, values 32; size 64, values 128; size 40, values 24")
+OTHER_VALUES = words("size 64, values 32; size 64, values 128; size 40, values 24") | words(
+    "size 32, values 24, layout one-for-all"
+)
 
 CAUSAL = words("mask causal; mask causal, large logits; heads 8:2, causal; length 320x320, causal") | words(
     "layout every-other, causal"

@@ -272,6 +272,7 @@ def _shapes() -> list[Case]:
         *(Case(f"heads {h}:{g}", heads=(h, g)) for h, g in heads),
         *(Case(f"size {d}", sizes=(d, d)) for d in (8, 16, 40, 76, 128, 256, 264)),
         *(Case(f"size {d}, values {e}", sizes=(d, e)) for d, e in ((64, 32), (64, 128), (40, 24))),
+        Case("size 32, values 24, layout one-for-all", sizes=(32, 24), batch=3, layout="one-for-all"),
         *(Case(f"batch {n}", batch=n) for n in (1, 3)),
         *(Case(f"layout {name}", layout=name) for name in LAYOUTS),
         Case("layout tokens-first, heads 8:2", layout="tokens-first", heads=(8, 2)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headway.backends import sdpa_cudnn
+from headway.backends.kernel import Extras
 from headway.backends.sdpa_cudnn import lower
 from headway.masks import Bias, Dense, Frame, Mask
 
@@ -19,3 +21,20 @@ def test_rows_of_a_bias_are_contiguous(mask: Mask) -> None:
     bias = lower(mask, Frame(48, 48, 3, 2), torch.bfloat16).bias
     assert bias is not None
     assert bias.stride(-1) == 1
+
+
+@pytest.mark.parametrize("values, spread", [(8, False), (16, True)])
+def test_a_query_spread_over_heads_is_laid_out_for_values_of_another_size(
+    monkeypatch: pytest.MonkeyPatch, values: int, spread: bool
+) -> None:
+    """On an H200 it ended the process: cuDNN's answer took the query's order of strides, features first."""
+    given: list[torch.Tensor] = []
+
+    def cudnn(q: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        given.append(q)
+        return q, q
+
+    monkeypatch.setattr(sdpa_cudnn, "_cudnn", cudnn)
+    q, v = torch.randn(1, 1, 4, 16).expand(3, 2, 4, 16), torch.randn(3, 2, 4, values)
+    sdpa_cudnn.attend(q, q, v, sdpa_cudnn.Lowered(), Extras())
+    assert (0 in given[0].stride()) == spread
