@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from attention import about
@@ -35,6 +36,7 @@ from headway_apps.proteins.trained import Trained
 from headway_apps.training import precision
 
 SAMPLERS: tuple[tuple[str, int | None], ...] = (("euler", 1000), ("first-hitting", None), ("first-hitting", 100))
+DRAWS = 40
 SHOWN = ("held-out", "kmers")
 """Figures of a report that are shown."""
 
@@ -67,6 +69,19 @@ def beside(found: References) -> list[dict[str, Any]]:
     ]
 
 
+def spread(held_out: list[str], train: list[str], lengths: list[int], compared_with: list[str]) -> dict[str, Any]:
+    """By how much rows of as many proteins of one source differ: one standard deviation, of training proteins."""
+    draws = [references(held_out, train, lengths, seed).rows["training"] for seed in range(1, DRAWS + 1)]
+    found = [distances(statistics("training", each, compared_with)) for each in draws]
+    mean, deviation = ({k: round(of([each[k] for each in found]), 4) for k in found[0]} for of in (fmean, stdev))
+    return {
+        "reference": f"training, {DRAWS} draws",
+        "proteins": len(draws[0]),
+        "distance": mean,
+        "deviation": deviation,
+    }
+
+
 def training(run: Run) -> dict[str, Any]:
     """What it took."""
     lines = [line for line in run.metrics if "train/batch_time" in line]
@@ -76,10 +91,18 @@ def training(run: Run) -> dict[str, Any]:
     return {"steps": steps[-1], "epochs": round(lines[-1]["train/epoch"], 1), "seconds": round(seconds)}
 
 
-def page(rows: list[dict[str, Any]], held: Evaluation, took: dict[str, Any], machine: str, figures_: list[str]) -> str:
+def page(
+    rows: list[dict[str, Any]],
+    noise: dict[str, Any],
+    held: Evaluation,
+    took: dict[str, Any],
+    machine: str,
+    figures_: list[str],
+) -> str:
     ours, counts = held.likelihood, held.data["provenance"]["counts"]
     error = "" if ours.standard_error is None else f" ± {ours.standard_error:.4f}"
     baselines = [f"| {each.name} | {each.nats_per_residue:.4f} | {each.perplexity:.2f} |" for each in held.baselines]
+    deviations = ", ".join(f"{noise['deviation'][str(k)]:.4f}" for k in KMERS)
     samplers = [
         f"| {row.get('sampler', row.get('reference'))} | {row.get('calls', '')} | "
         + " | ".join(f"{row['distance'][str(k)]:.3f}" for k in KMERS) + " |"
@@ -115,6 +138,7 @@ def page(rows: list[dict[str, Any]], held: Evaluation, took: dict[str, Any], mac
             "stand there, as families held out have another composition. `training, shuffled` is where a model would",
             "stand that learned that composition alone. `shuffled` proteins have the composition of what is held out,",
             "which no model of others is told.",
+            f"Over {DRAWS} draws of training proteins such a row varies by {deviations} (one standard deviation).",
             "",
             "| | calls of the network | " + " | ".join(f"{k}-mers" for k in KMERS) + " |",
             "|---|---|" + "---|" * len(KMERS),
@@ -149,10 +173,11 @@ def main() -> None:
     common = machine | ({"commit": options.commit} if options.commit else {})
     # As a model of the training data draws them.
     lengths = draw(Counter(data["train"].lengths().tolist()), options.count, seed=0)
-    reference = references(some(data["held_out"]), some(data["train"]), lengths)
-    others = beside(reference)
+    held_out, train = some(data["held_out"]), some(data["train"])
+    reference = references(held_out, train, lengths)
+    others, noise = beside(reference), spread(held_out, train, lengths, reference.compared_with)
     counted = [dataclasses.asdict(each) for each in baselines(data["train"], data["held_out"], seed=0)]
-    write(options.rows, [{"reference": row.pop("name"), **row} for row in counted] + others, common)
+    write(options.rows, [{"reference": row.pop("name"), **row} for row in counted] + others + [noise], common)
     if needs_no_model:
         return
     trained, name, trained_on = opened(options.run, best=True)
@@ -169,7 +194,7 @@ def main() -> None:
         if figure.name in SHOWN:
             names.append(f"{options.page.stem}-{figure.name}.png")
             (options.page.parent / names[-1]).write_bytes(figure.png(LIGHT))
-    options.page.write_text(page(found + others, held, took, machine["gpu"] or "CPU", names), encoding="utf-8")
+    options.page.write_text(page(found + others, noise, held, took, machine["gpu"] or "CPU", names), encoding="utf-8")
     print(options.page.read_text(encoding="utf-8"))
 
 
