@@ -69,17 +69,17 @@ def beside(found: References) -> list[dict[str, Any]]:
     ]
 
 
-def spread(held_out: list[str], train: list[str], lengths: list[int], compared_with: list[str]) -> dict[str, Any]:
-    """By how much rows of as many proteins of one source differ: one standard deviation, of training proteins."""
-    draws = [references(held_out, train, lengths, seed).rows["training"] for seed in range(1, DRAWS + 1)]
-    found = [distances(statistics("training", each, compared_with)) for each in draws]
-    mean, deviation = ({k: round(of([each[k] for each in found]), 4) for k in found[0]} for of in (fmean, stdev))
-    return {
-        "reference": f"training, {DRAWS} draws",
-        "proteins": len(draws[0]),
-        "distance": mean,
-        "deviation": deviation,
-    }
+def spread(held_out: list[str], train: list[str], lengths: list[int], compared_with: list[str]) -> list[dict[str, Any]]:
+    """Training proteins drawn anew: the mean distance, and by how much rows of as many differ, a standard deviation."""
+    draws = [references(held_out, train, lengths, seed).rows for seed in range(1, DRAWS + 1)]
+    rows = []
+    for name in ("training", "training, shuffled"):
+        found = [distances(statistics(name, each[name], compared_with)) for each in draws]
+        row = {"reference": f"{name}, {DRAWS} draws", "proteins": len(draws[0][name])}
+        for word, of in (("distance", fmean), ("deviation", stdev)):
+            row[word] = {k: round(of([each[k] for each in found]), 4) for k in found[0]}
+        rows.append(row)
+    return rows
 
 
 def training(run: Run) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def training(run: Run) -> dict[str, Any]:
 
 def page(
     rows: list[dict[str, Any]],
-    noise: dict[str, Any],
+    noise: list[dict[str, Any]],
     held: Evaluation,
     took: dict[str, Any],
     machine: str,
@@ -102,7 +102,9 @@ def page(
     ours, counts = held.likelihood, held.data["provenance"]["counts"]
     error = "" if ours.standard_error is None else f" ± {ours.standard_error:.4f}"
     baselines = [f"| {each.name} | {each.nats_per_residue:.4f} | {each.perplexity:.2f} |" for each in held.baselines]
-    deviations = ", ".join(f"{noise['deviation'][str(k)]:.4f}" for k in KMERS)
+    varies = " and ".join(
+        ", ".join(f"{row['distance'][str(k)]:.3f} ± {row['deviation'][str(k)]:.3f}" for k in KMERS) for row in noise
+    )
     samplers = [
         f"| {row.get('sampler', row.get('reference'))} | {row.get('calls', '')} | "
         + " | ".join(f"{row['distance'][str(k)]:.3f}" for k in KMERS) + " |"
@@ -138,7 +140,7 @@ def page(
             "stand there, as families held out have another composition. `training, shuffled` is where a model would",
             "stand that learned that composition alone. `shuffled` proteins have the composition of what is held out,",
             "which no model of others is told.",
-            f"Over {DRAWS} draws of training proteins such a row varies by {deviations} (one standard deviation).",
+            f"Over {DRAWS} draws of training proteins, as they are and shuffled: {varies} (one standard deviation).",
             "",
             "| | calls of the network | " + " | ".join(f"{k}-mers" for k in KMERS) + " |",
             "|---|---|" + "---|" * len(KMERS),
@@ -177,7 +179,7 @@ def main() -> None:
     reference = references(held_out, train, lengths)
     others, noise = beside(reference), spread(held_out, train, lengths, reference.compared_with)
     counted = [dataclasses.asdict(each) for each in baselines(data["train"], data["held_out"], seed=0)]
-    write(options.rows, [{"reference": row.pop("name"), **row} for row in counted] + others + [noise], common)
+    write(options.rows, [{"reference": row.pop("name"), **row} for row in counted] + others + noise, common)
     if needs_no_model:
         return
     trained, name, trained_on = opened(options.run, best=True)

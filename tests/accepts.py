@@ -49,7 +49,9 @@ OTHER_VALUES = words("size 64, values 32; size 64, values 128; size 40, values 2
 CAUSAL = words("mask causal; mask causal, large logits; heads 8:2, causal; length 320x320, causal") | words(
     "layout every-other, causal"
 )
-UPPER_LEFT = words("mask causal-upper-left-wide; mask causal-upper-left-tall")
+UPPER_LEFT = words("mask causal-upper-left-wide; mask causal-upper-left-tall") | words(
+    "length 65x100, causal-upper-left, layout one-for-all"
+)
 WINDOWS = words("mask window; mask window-back; mask window-ahead; mask causal & window") | words(
     "length 320x320, window, large logits"
 )
@@ -91,7 +93,7 @@ OTHER_MASKS = words(
         causal & padding; causal & padding-left; documents & causal & padding; (window | prefix) & padding
         """,
     before="mask ",
-) | words("layout misaligned, padding; heads 8:2, padding")
+) | words("layout misaligned, padding; heads 8:2, padding; length 1x48, padding, layout one-for-all")
 LEARNT = words(
     "bias-learnt; bias-learnt-per-head; bias-learnt-over-keys; bias-learnt-blocks; bias-learnt & causal",
     before="mask ",

@@ -224,6 +224,7 @@ def xformers() -> types.ModuleType:
         must_be_dense(query, key, value)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         assert q.shape[1] == k.shape[1]
+        assert q.requires_grad or k.requires_grad or v.requires_grad or not walks_heads(q, k, v)
         added, keep = 0.0, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
         if isinstance(attn_bias, Tensor):
             assert attn_bias.shape == (*q.shape[:3], k.shape[2])
@@ -262,6 +263,11 @@ def varlen_attn(
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
+def walks_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """CUTLASS's forward pass without lse takes heads for queries, and errs, where heads share keys by strides."""
+    return q.shape[1] > 1 and k.stride(1) == 0 == v.stride(1)
+
+
 def upper_left(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
     return (keep.tril() if causal else keep).expand(*q.shape[:2], -1, -1)
@@ -271,6 +277,7 @@ def cudnn(query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal
     """torch._scaled_dot_product_cudnn_attention: causal is upper-left, and its log-sum-exp has an axis more."""
     assert dropout_p == 0.0
     assert attn_bias is None or (attn_bias.dtype == query.dtype and not is_causal)
+    assert query.shape[-1] == value.shape[-1] or 0 not in query.stride(), "features of the answer would lie apart"
     keep = upper_left(query, key, is_causal)
     keep = keep if attn_bias is None else keep & (attn_bias > float("-inf"))
     out, lse = textbook(query, key, value, keep, 0.0 if attn_bias is None else attn_bias, scale=scale)
@@ -281,6 +288,7 @@ def efficient(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, i
     """torch._scaled_dot_product_efficient_attention: no shared key heads; a bias that is whole, its rows aligned."""
     assert dropout_p == 0.0
     assert query.shape[1] == key.shape[1] == value.shape[1]
+    assert compute_log_sumexp or not walks_heads(query, key, value)
     keep = upper_left(query, key, is_causal)
     if attn_bias is not None:
         assert attn_bias.dtype == query.dtype

@@ -27,7 +27,7 @@ def test_rows_of_a_bias_are_contiguous(mask: Mask) -> None:
 def test_a_query_spread_over_heads_is_laid_out_for_values_of_another_size(
     monkeypatch: pytest.MonkeyPatch, values: int, spread: bool
 ) -> None:
-    """On an H200 it ended the process: cuDNN's answer took the query's order of strides, features first."""
+    """On an H200 it ended the process: batch and heads went innermost in the answer, so that features lay apart."""
     given: list[torch.Tensor] = []
 
     def cudnn(q: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,6 +53,15 @@ def repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(ratio, dim=1), v.repeat_interleave(ratio, dim=1)
 
 
+def shared_by_strides(k: Tensor, v: Tensor) -> bool:
+    """Whether all heads have one and the same keys and values in memory.
+
+    CUTLASS's forward pass, of PyTorch and of xformers, then walks heads as if they were queries wherever one query is
+    left to a block, unless it returns lse: with wrong rows of a bias, without the causal mask, and past the last head
+    (pytorch#191937, pytorch#192138)."""
+    return k.stride(1) == 0 == v.stride(1)
+
+
 def gate_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Attended:
     """The sink's share taken off the result: softmax with one more logit is the old one times a sigmoid."""
     if sinks is None:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from headway.backends.kernel import Attended, Extras, gate_sinks, repeat_kv
+from headway.backends.kernel import Attended, Extras, gate_sinks, repeat_kv, shared_by_strides
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
 from headway.masks.terms import terms
@@ -37,7 +37,7 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
     k, v = repeat_kv(q, k, v)
-    wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None
+    wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None or shared_by_strides(k, v)
     out, lse = _efficient(q, k, v, mask.bias, wants_lse, extras.dropout, mask.causal, extras.scale)
     if not extras.lse and extras.sinks is None:
         return out, None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.backends.kernel import Attended, Extras, repeat_kv
+from headway.backends.kernel import Attended, Extras, repeat_kv, shared_by_strides
 from headway.masks.base import Mask
 from headway.masks.frame import Frame
 from headway.masks.xformers_bias import to_xformers
@@ -21,6 +21,7 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Any:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, extras: Extras) -> Attended:
     fmha = real("xformers.ops.fmha")
     k, v = repeat_kv(q, k, v)
+    v = v.contiguous() if not extras.needs_grad and shared_by_strides(k, v) else v  # with gradients it returns lse
     batch, _, length, _ = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, fmha.attn_bias.BlockDiagonalMask):

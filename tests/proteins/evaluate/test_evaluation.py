@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import socket
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from proteins.evaluate.made import prepared, trained
+from rich.console import Console
 from typer.testing import CliRunner
 
 from headway import RequestError
 from headway_apps.proteins.cli import app
+from headway_apps.proteins.cli.evaluate import show
 from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.errors import DataError, WeightsError
 from headway_apps.proteins.evaluate.attention import attention_of
@@ -103,12 +106,28 @@ def test_the_command_prints_the_table_and_writes_the_file(data: Prepared, tmp_pa
     found = Evaluation.load(tmp_path / "evaluation.json")
     assert f"{found.likelihood.nats_per_residue:.4f}" in done.stdout
     assert "4-gram" in done.stdout
-    assert all(word in done.stdout for row in found.statistics for word in row.name.split()), "no name is cut"
+    assert "training, shuffled" in done.stdout
     assert f"written: {tmp_path / 'evaluation.json'}" in done.stdout.replace("\n", "")
     assert found.statistics[0].count == (2 if graph == "uniform" else 3)
     again = dataclasses.replace(found, written="")
     CliRunner().invoke(app, ["evaluate", str(tmp_path), "--data", str(data.folder), "--device", "cpu", *asked])
     assert dataclasses.replace(Evaluation.load(tmp_path / "evaluation.json"), written="") == again
+
+
+@pytest.mark.parametrize("width", [60, 80, 101, 140, 300])
+@pytest.mark.parametrize("nearness", [True, False])
+def test_tables_are_whole_in_a_console_of_any_width(data: Prepared, width: int, nearness: bool) -> None:
+    found = evaluate(trained(), data, model="[b]run[/b]", samples=Samples(["MKT" * 12, "MAY" * 11], "[i]x[/i]"))
+    kept = {} if nearness else {"nearness": None}
+    rows = [dataclasses.replace(row, residues=12_345_678, **kept) for row in found.statistics]
+    told_to = io.StringIO()
+    show(dataclasses.replace(found, statistics=rows), Console(file=told_to, width=width))
+    told = told_to.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told
+    assert all(f" {row.name} " in told for row in rows), "no name is cut"
+    assert told.count("12,345,678") == len(rows) + told.count(" samples ") - 1, "the samples stand in each table"
+    assert "[b]run[/b]" in told
+    assert "[i]x[/i]" in told
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from headway import RequestError
@@ -103,13 +105,14 @@ def show(found: Evaluation, console: Console) -> None:
     for each in found.baselines:
         table.add_row(each.name, f"{each.nats_per_residue:.4f}", f"{each.perplexity:.2f}")
     error = "" if ours.standard_error is None else f" ± {ours.standard_error:.4f}"
-    table.add_row(f"{found.model} (at most)", f"{ours.nats_per_residue:.4f}{error}", f"{ours.perplexity:.2f}")
+    table.add_row(f"{escape(found.model)} (at most)", f"{ours.nats_per_residue:.4f}{error}", f"{ours.perplexity:.2f}")
     console.print(table)
     if ours.sequences < ours.of_sequences:
         console.print(f"The model: {ours.sequences:,} of {ours.of_sequences:,} sequences; the baselines: all.")
     if found.statistics:
-        console.print(_table(found.statistics, console.width))
-        console.print(f"Samples: {found.samples}. Distances are to another half of {part}.")
+        for beside in _tables(found.statistics, console.width):
+            console.print(beside)
+        console.print(f"Samples: {found.samples}. Distances are to another half of {part}.", markup=False)
     ran = found.attention[0]
     console.print(f"Attention: {ran.backend} on {ran.device}, {ran.why}.", markup=False)
     for what, why in found.absent.items():
@@ -118,17 +121,19 @@ def show(found: Evaluation, console: Console) -> None:
         console.print(f"Note: {note}.", markup=False)
 
 
-def _table(rows: list[Statistics], width: int) -> Table:
+def _tables(rows: list[Statistics], width: int) -> Iterator[Table]:
+    """Each set beside the samples, as many in a table as the console is wide: rich would cut what does not fit."""
     from headway_apps.proteins.evaluate.statistics import measured
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    lines = [(name, *cells) for name, cells in measured(rows)]
-    columns = list(zip(("", *(row.name for row in rows)), *lines, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    if sum(widths) + 2 * len(columns) > width:  # folded between words, so that none of them is cut
-        widths = [max(len(word) for cell in column for word in cell.split()) for column in columns]
-    for (head, *_), wide in zip(columns, widths, strict=True):
-        table.add_column(head, justify="right" if head else "left", width=wide)
-    for line in lines:
-        table.add_row(*line)
-    return table
+    lines = [("", *(row.name for row in rows)), *((name, *cells) for name, cells in measured(rows))]
+    measures, samples, *rest = zip(*lines, strict=True)
+    while rest:
+        columns = [measures, samples, rest.pop(0)]
+        while rest and sum(max(map(len, each)) + 3 for each in (*columns, rest[0])) < width:  # 2 of padding, 1 between
+            columns.append(rest.pop(0))
+        table = Table(box=box.SIMPLE_HEAD)
+        for head, *_ in columns:
+            table.add_column(head, justify="right" if head else "left", overflow="fold")
+        for cells in list(zip(*columns, strict=True))[1:]:
+            table.add_row(*cells)
+        yield table

@@ -117,7 +117,7 @@ def _held_out(axes: Any, ink: Ink, curve: Curve, evaluation: Evaluation | None) 
     for each in () if evaluation is None else evaluation.baselines:
         axes.axhline(each.nats_per_residue, color=ink.series[2], linewidth=1, linestyle="--")
         if each.name.startswith(("uniform", "1-", "4-")):  # those between lie too near to be named
-            under = each.name.startswith("4-")  # the last but one is just above
+            under = each.name.startswith("4-")  # the 3-gram's line is just above
             axes.annotate(
                 each.name,
                 (0.995, each.nats_per_residue),
@@ -150,7 +150,7 @@ def _kmers(axes: Any, ink: Ink, rows: list[Statistics]) -> None:
         axes.bar(places, heights, wide * 0.92, color=ink.series[at], label=row.name)
     axes.set_xticks(range(len(KMERS)), [f"{k}-mers" for k in KMERS])
     axes.set_ylabel("distance")
-    axes.legend(frameon=False, labelcolor=ink.ink, fontsize=8, loc="upper left")  # above 1-mers, which lie nearest
+    axes.legend(frameon=False, labelcolor=ink.ink, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
 
 def _residues(axes: Any, ink: Ink, rows: list[Statistics]) -> None:

@@ -36,8 +36,8 @@ ABOUT_BOUND = (
     " first, as the model is."
 )
 ABOUT_STATISTICS = (
-    "The samples beside proteins that are random, of the training data, with their residues shuffled and as they are,"
-    " and real ones held out, likewise; all cut to the lengths of the samples but for the last column. Distances are"
+    "The samples beside random proteins, training ones and real ones held out, these two also with each protein's"
+    " residues shuffled; all cut to the lengths of the samples but for the last column. Distances are"
     " Jensen-Shannon distances of k-mers (0 to 1) and the residues that lengths have to be moved, to another half of"
     " the held-out proteins. Low complexity: residues in some window of 12 whose entropy is 2.2 bits or less. Identity:"
     " the share of a protein's letters that a stretch of its nearest training sequence gives without an edit; a copy"
