@@ -111,7 +111,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_one_damaged_otherwise_is_name
     for damaged in ('{"step": 1, "seco\n', "[]\n", '{"seconds": 1}\n', '{"step": "x", "seconds": 1}\n', "\n"):
         (tmp_path / FILE).write_text(whole + damaged + whole)
         with pytest.raises(
-            TrackerError, match=r"got line 2 of .*metrics\.jsonl, which is damaged .*; mend or delete it"
+            TrackerError, match=r"got line 2 of .*metrics\.jsonl, which is damaged .*; mend or delete that line"
         ):
             made(tmp_path, after=1)
         assert (tmp_path / FILE).read_text() == whole + damaged + whole

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from headway import RequestError
 from headway_apps.training import folders
 from headway_apps.training.errors import CheckpointError
+from headway_apps.training.tensors import write
 
 STATE = "state.json"
 VERSION = 1
@@ -164,7 +165,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         storage = plain.untyped_storage().data_ptr()
         apart[name] = plain.clone() if storage in seen else plain
         seen.add(storage)
-    save_file(apart, path)
+    write(path, apart)
     return {"bytes": path.stat().st_size, "sha256": folders.sha256(path)}
 
 

@@ -101,7 +101,9 @@ def read(path: Path) -> list[dict[str, Any]]:
             int(line["step"]), float(line["seconds"])
             lines.append(line)
         except (ValueError, TypeError, KeyError) as error:
-            raise TrackerError(f"got line {number} of {path}, which is damaged ({error}); mend or delete it") from error
+            raise TrackerError(
+                f"got line {number} of {path}, which is damaged ({error}); mend or delete that line"
+            ) from error
     return lines
 
 

@@ -123,8 +123,8 @@ def test_nothing_stands_in_for_a_file_that_is_missing_or_broken(fasta: Path, tmp
         (["--min-length", 0], "lengths 0 to 510"),
         (["--min-length", 40, "--max-length", 39], "lengths 40 to 39"),
         (["--ambiguous", 1.5], "share of 1.5"),
-        (["--held-out", 0], "a number between 0 and 1"),
-        (["--held-out", 1], "a number between 0 and 1"),
+        (["--held-out", 0], "got held_out 0.0, takes shares above 0"),
+        (["--held-out", 1], "got held_out 1.0, takes shares above 0"),
         (["--by", "uniref50"], "find them by kmers"),
     ],
 )

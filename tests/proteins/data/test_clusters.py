@@ -145,7 +145,7 @@ def test_known_families_are_split_by_name_alone() -> None:
 
 @pytest.mark.parametrize("shares", [{"train": 0.5}, {"held_out": 0.0}, {"a": 0.5, "b": 0.5}, {"a": -0.1}])
 def test_shares_that_make_no_split_are_refused(shares: dict[str, float]) -> None:
-    with pytest.raises(RequestError, match="takes a number between 0 and 1 for each part but train"):
+    with pytest.raises(RequestError, match="takes shares above 0, of less than 1 in all, for parts other than train"):
         split([0], ["MKT"], shares, seed=0)
 
 

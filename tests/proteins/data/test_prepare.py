@@ -158,7 +158,10 @@ def test_a_source_that_cannot_be_read_is_one_clear_line(name: str, fasta: Path, 
 
 @pytest.mark.parametrize(
     "asked, says",
-    [({"by": "identity"}, "takes kmers or uniref50"), ({"shares": {"train": 0.5}}, "for each part but train")],
+    [
+        ({"by": "identity"}, "takes kmers or uniref50"),
+        ({"shares": {"train": 0.5}}, "got train 0.5, takes shares above 0"),
+    ],
 )
 def test_what_makes_no_split_is_refused_at_once(asked: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=says):

@@ -144,7 +144,7 @@ def gone(folder: Path) -> None:
 @pytest.mark.parametrize(
     "harm, says",
     [
-        (missing, r"train-00000\.arrow with 0 bytes"),
+        (missing, r"without its train-00000\.arrow, takes all"),
         (no_manifest, "has no manifest.json, takes a folder made by `prepare`"),
         (broken_manifest, "which is damaged"),
         (list_manifest, "which is damaged"),

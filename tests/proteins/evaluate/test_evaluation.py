@@ -22,6 +22,8 @@ from headway_apps.proteins.data.shards import Prepared
 from headway_apps.proteins.errors import DataError, WeightsError
 from headway_apps.proteins.evaluate.attention import attention_of
 from headway_apps.proteins.evaluate.evaluation import Evaluation, Samples, evaluate
+from headway_apps.proteins.evaluate.likelihood import chosen
+from headway_apps.proteins.evaluate.ngrams import baselines
 from headway_apps.proteins.model.config import DiTConfig
 
 
@@ -38,7 +40,7 @@ def test_every_number_is_there_or_its_absence_has_a_reason(data: Prepared, tmp_p
         "random",
         "training, shuffled",
         "training",
-        "shuffled",
+        "real, shuffled",
         "real",
         "real, whole",
     ]
@@ -87,6 +89,20 @@ def test_the_part_that_was_trained_on_is_refused(data: Prepared) -> None:
         evaluate(trained(), data, model="made", part="train")
 
 
+def test_n_grams_are_scored_on_what_the_model_was(data: Prepared) -> None:
+    found = evaluate(trained(), data, model="made", sequences=5, seed=3)
+    assert found.likelihood.sequences == 5
+    scored = chosen(data["held_out"], 3, 5)
+    assert found.baselines == baselines(data["train"], data["held_out"], scored=scored, seed=3)
+    assert found.baselines != baselines(data["train"], data["held_out"], seed=3)
+
+
+def test_samples_that_are_nucleotides_are_noted(data: Prepared) -> None:
+    notes = evaluate(trained(), data, model="made", samples=Samples(["ACGT" * 9, "GATTACA" * 4], "a test")).notes
+    assert any("nucleotides, as it seems" in note for note in notes)
+    assert not any("nucleotides" in each for each in evaluate(trained(), data, model="made").notes)
+
+
 @pytest.mark.parametrize("change", [{"version": 7}, {"likelihood": None}, {"more": 1}])
 def test_another_file_is_refused(data: Prepared, tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "evaluation.json"
@@ -114,6 +130,22 @@ def test_the_command_prints_the_table_and_writes_the_file(data: Prepared, tmp_pa
     assert dataclasses.replace(Evaluation.load(tmp_path / "evaluation.json"), written="") == again
 
 
+def test_statistics_of_samples_are_not_lost_to_an_evaluation_without(data: Prepared, tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    asked = ["evaluate", str(tmp_path), "--data", str(data.folder), "--device", "cpu"]
+    assert CliRunner().invoke(app, [*asked, "--count", "3"]).exit_code == 0
+    before = (tmp_path / "evaluation.json").read_text()
+    refused = CliRunner().invoke(app, [*asked, "--sequences", "5"])
+    assert refused.exit_code == 1
+    told = " ".join(refused.stderr.split())
+    assert "which has statistics of samples (drawn by first-hitting in" in told
+    assert "give --samples or --count, another --out, or --force" in told
+    assert (tmp_path / "evaluation.json").read_text() == before
+    assert CliRunner().invoke(app, [*asked, "--sequences", "5", "--force"]).exit_code == 0
+    assert Evaluation.load(tmp_path / "evaluation.json").samples is None
+    assert CliRunner().invoke(app, [*asked, "--sequences", "6"]).exit_code == 0, "there is nothing to lose"
+
+
 @pytest.mark.parametrize("width", [60, 80, 101, 140, 300])
 @pytest.mark.parametrize("nearness", [True, False])
 def test_tables_are_whole_in_a_console_of_any_width(data: Prepared, width: int, nearness: bool) -> None:
@@ -137,6 +169,7 @@ def test_tables_are_whole_in_a_console_of_any_width(data: Prepared, width: int, 
         (["--part", "other"], "got the part 'other', takes one of train, held_out"),
         (["--device", "cuda:7"], "got device cuda:7, takes what is here"),
         (["--out", "/no/such/folder/x.json"], "takes a file in a folder that is there"),
+        (["--out", "/tmp"], "got /tmp, which is no file, takes the name of one"),
     ],
 )
 def test_a_mistake_is_one_line(data: Prepared, tmp_path: Path, asked: list[str], says: str) -> None:
@@ -204,7 +237,9 @@ def test_what_may_mislead_is_noted(data: Prepared, tmp_path: Path) -> None:
 def test_a_model_that_is_not_there_is_told_as_that(data: Prepared, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["evaluate", str(tmp_path / "none"), "--data", str(data.folder)])
     assert done.exit_code == 1
-    assert "none, which has neither" in done.stderr
+    assert "none, which is no folder, takes that of a trained model, or of a run" in done.stderr
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--data", str(data.folder)])
+    assert ", which has neither trained.json nor a checkpoint" in done.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

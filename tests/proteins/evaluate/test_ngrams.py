@@ -116,3 +116,14 @@ def test_refuses_what_has_no_meaning(tmp_path: Path) -> None:
         baselines(train, held_out, orders=(2, 1))
     with pytest.raises(ValueError, match="takes 2 or more"):
         baselines(train, held_out)
+
+
+def test_some_sequences_cost_their_share_of_all(tmp_path: Path, chain: tuple[np.ndarray, np.ndarray]) -> None:
+    held_out = [each[: 20 + at] for at, each in enumerate(walks(chain, 60, 200, 1))]
+    train, part = parts(tmp_path / "x", walks(chain, 100, 200, 0), held_out)
+    halves = np.arange(0, 60, 2), np.arange(1, 60, 2)
+    some = [[each.nats_per_residue for each in baselines(train, part, scored=half)] for half in halves]
+    residues = [part.lengths()[half].sum() for half in halves]
+    whole = [each.nats_per_residue for each in baselines(train, part)]
+    assert np.average(some, axis=0, weights=residues) == pytest.approx(whole)
+    assert some[0] != pytest.approx(some[1], abs=1e-6)

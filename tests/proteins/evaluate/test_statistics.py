@@ -127,7 +127,7 @@ def test_the_rows_are_as_many_and_as_long_as_the_samples(rng: np.random.Generato
     ordered = references(held_out, train, sorted(lengths) * 9).rows["training"]
     assert len(ordered) == 150
     assert max(map(len, ordered)) > 140, "lengths are drawn, not taken from the first"
-    for whole, mixed in (("real", "shuffled"), ("training", "training, shuffled")):
+    for whole, mixed in (("real", "real, shuffled"), ("training", "training, shuffled")):
         assert [sorted(each) for each in found.rows[mixed]] == [sorted(each) for each in found.rows[whole]]
         assert found.rows[mixed] != found.rows[whole]
     for real in found.rows["real"]:
@@ -149,7 +149,7 @@ def test_the_rows_lie_as_they_should(rng: np.random.Generator) -> None:
     held_out = ["".join(each * (1 + (rng.random() < 0.2)) for each in protein(rng, 160)) for _ in range(300)]
     found = references(held_out, held_out[:9], [180] * 150)
     rows = {name: statistics(name, row, found.compared_with) for name, row in found.rows.items()}
-    random, shuffled, real = (rows[name].kmer_distance for name in ("random", "shuffled", "real"))
+    random, shuffled, real = (rows[name].kmer_distance for name in ("random", "real, shuffled", "real"))
     assert random[1] > 5 * shuffled[1]
     for k in (2, 3):
         assert random[k] > 1.05 * shuffled[k] > 1.1 * real[k]

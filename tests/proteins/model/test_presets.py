@@ -57,7 +57,7 @@ GOOD: dict[str, Any] = {"width": 64, "blocks": 2, "heads": 4, "cond": 16, "embed
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "heads that do not divide": ({"heads": 5}, "heads=1, 2, 4, 8, 16, 32"),
     "odd heads": ({"width": 60, "heads": 12}, "heads=1, 2, 3, 5, 6, 10, 15, 30"),
-    "odd width": ({"width": 33, "heads": 3}, "an even width"),
+    "odd width": ({"width": 33, "heads": 3}, "a width that is a multiple of 6"),
     "no blocks": ({"blocks": 0}, "blocks=0"),
     "half a block": ({"blocks": 2.0}, "whole number"),
     "more scored than read": ({"scored": 34}, "34 scored symbols of 33"),

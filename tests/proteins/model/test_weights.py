@@ -21,6 +21,7 @@ from headway_apps.proteins.model import weights as room
 from headway_apps.proteins.model.config import DiTConfig
 from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.model.weights import load, load_into, read, save
+from headway_apps.training import tensors
 
 HEADS, SIZES = 4, {"width": 32, "blocks": 2, "cond": 8, "symbols": 11}
 SHAPES = {"sedd": plain.sedd_shapes(**SIZES), "v100": plain.v100_shapes(**SIZES)}
@@ -148,7 +149,7 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkey
         Path(to).write_bytes(before[:100])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(room, "save_file", fails)
+    monkeypatch.setattr(tensors, "save_file", fails)
     with pytest.raises(OSError, match="no space"):
         save(made(), path)
     assert path.read_bytes() == before

@@ -91,12 +91,33 @@ def test_each_figure_is_in_it_for_light_and_dark_and_beside_it(written: Path) ->
     images = [attrs["src"] for tag, attrs in tags if tag == "img"]
     darks = [attrs["srcset"] for tag, attrs in tags if tag == "source"]
     assert len(images) == len(darks) == len(set(images + darks)) // 2 == len(FIGURES)
-    beside = sorted(path.name for path in (written.parent / "figures").iterdir())
+    beside = sorted(path.name for path in (written.parent / f"{written.stem}-figures").iterdir())
     assert beside == sorted(f"{name}.png" for name in FIGURES)
     for name in FIGURES:
-        content = (written.parent / "figures" / f"{name}.png").read_bytes()
+        content = (written.parent / f"{written.stem}-figures" / f"{name}.png").read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         assert struct.unpack(">II", content[16:24]) == (936, 442)
+
+
+def test_n_grams_are_beside_the_curve_only_where_they_are_of_the_same_sequences(whole: Path) -> None:
+    """In a demo the curve was of 60 sequences, ended above the line of 1-grams of all, and was below it on all."""
+    held = Run.open(whole)
+    assert "Dashed" in caption(held)
+    few = dataclasses.replace(held, config=held.config | {"look": {"sequences": 5}})
+    assert "of 5 of the sequences held out" in caption(few)
+    assert "The evaluation scored others" in caption(few)
+    assert "5 sequences, at step" in page(few, [])
+    assert held.evaluation is not None
+    ours = dataclasses.replace(held.evaluation.likelihood, sequences=5)
+    same = dataclasses.replace(few, evaluation=dataclasses.replace(held.evaluation, likelihood=ours))
+    assert "Dashed" in caption(same)
+    other = dataclasses.replace(held.evaluation, likelihood=dataclasses.replace(ours, seed=9))
+    assert "Dashed" not in caption(dataclasses.replace(few, evaluation=other)), "drawn by another seed"
+    assert "Dashed" not in caption(dataclasses.replace(held, evaluation=same.evaluation)), "the curve is of all"
+
+
+def caption(run: Run) -> str:
+    return next(each.caption for each in figures(run) if each.name == "held-out")
 
 
 def test_under_a_curriculum_it_says_why_the_loss_may_rise(whole: Path, tmp_path: Path) -> None:
@@ -141,7 +162,7 @@ def test_what_is_absent_is_named_and_not_drawn(tmp_path: Path) -> None:
     out = write_report(tmp_path / "empty", tmp_path / "it.html")
     reader = Reader(out.read_text())
     assert "img" not in [tag for tag, _ in reader.tags]
-    assert not (tmp_path / "figures").exists()
+    assert [each.name for each in tmp_path.glob("*figures")] == []
     for said in ("No evaluation: there is no evaluation.json", "No metrics", "No config", "No data", "No samples"):
         assert said in reader.text
     assert "Perplexity" not in reader.text
@@ -185,7 +206,7 @@ def test_the_command_writes_it_into_the_run(tmp_path: Path) -> None:
     write_metrics(made, metrics(steps=20))
     done = CliRunner().invoke(app, ["report", str(made)])
     assert done.exit_code == 0, done.output
-    assert done.stdout == f"written: {made / 'report.html'}\n"
+    assert done.stdout == f"written: {made / 'report.html'}, and its figures in {made / 'report-figures'}\n"
     assert (made / "report.html").read_text().startswith("<!doctype html>")
 
 

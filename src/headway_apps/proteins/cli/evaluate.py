@@ -15,6 +15,7 @@ from rich.table import Table
 from headway import RequestError
 from headway_apps.proteins.cli.terminal import Progress, failures, told
 from headway_apps.proteins.errors import DataError
+from headway_apps.proteins.generate import files
 from headway_apps.proteins.generate.sample import TOKENS
 from headway_apps.training import precision
 
@@ -46,6 +47,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="Where to write it.", show_default="evaluation.json in the model's folder")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Without samples: in place of a file that has some.")] = False,
 ) -> None:
     """Score held-out proteins and compare samples with real ones; print the tables, and write them as JSON."""
     from headway_apps.proteins.cli.opened import opened
@@ -54,10 +56,15 @@ def command(
 
     if samples is not None and count:
         raise RequestError("got --samples and --count, takes one of them: a file, or how many to draw")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise DataError(f"got --out {out}, takes a file in a folder that is there; make {out.absolute().parent}")
     where = precision.device(device)
     trained, name, trained_on = opened(model, best=best)
+    out = model / "evaluation.json" if out is None else out
+    files.check(out, force=True)
+    if samples is None and not count and not force and (kept := _samples_in(out)):
+        raise DataError(
+            f"got {out}, which has statistics of samples ({kept}), and none to put in their place; give --samples or"
+            " --count, another --out, or --force"
+        )
     prepared = Prepared(data)
     trained.model.to(where)
     with told() as tell:
@@ -66,10 +73,19 @@ def command(
             trained, prepared, model=name, trained_on=trained_on, part=part, samples=given, tokens=tokens,
             draws=draws, sequences=sequences, seed=seed, device=where, progress=tell,
         )  # fmt: skip
-    out = model / "evaluation.json" if out is None else out
     found.save(out)
     show(found, Console())
     typer.echo(f"written: {out}")
+
+
+def _samples_in(out: Path) -> str | None:
+    """Where the samples of an evaluation that is there came from. What cannot be read is no loss."""
+    from headway_apps.proteins.evaluate.evaluation import Evaluation
+
+    try:
+        return Evaluation.load(out).samples if out.exists() else None
+    except DataError:
+        return None
 
 
 def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens: int, tell: Progress) -> Samples | None:
@@ -108,7 +124,7 @@ def show(found: Evaluation, console: Console) -> None:
     table.add_row(f"{escape(found.model)} (at most)", f"{ours.nats_per_residue:.4f}{error}", f"{ours.perplexity:.2f}")
     console.print(table)
     if ours.sequences < ours.of_sequences:
-        console.print(f"The model: {ours.sequences:,} of {ours.of_sequences:,} sequences; the baselines: all.")
+        console.print(f"{ours.sequences:,} of {ours.of_sequences:,} sequences, drawn by the seed, for all rows.")
     if found.statistics:
         for beside in _tables(found.statistics, console.width):
             console.print(beside)

@@ -25,6 +25,8 @@ def opened(path: Path, *, best: bool = False) -> Opened:
 
     `best` is of a run whose checkpoints have scores.
     """
+    if not path.is_dir():
+        raise WeightsError(f"got {path}, which is no folder, takes that of a trained model, or of a run")
     if (path / FILE).is_file():
         if best:
             raise RequestError(f"got --best for {path}, one trained model, takes it with a run's folder; leave it out")

@@ -21,6 +21,7 @@ def command(
 
     What was not measured is named as absent: `headway proteins evaluate` measures.
     """
-    from headway_apps.proteins.report.write import write_report
+    from headway_apps.proteins.report.write import figures_of, write_report
 
-    typer.echo(f"written: {write_report(run, run / 'report.html' if out is None else out)}")
+    out = write_report(run, run / "report.html" if out is None else out)
+    typer.echo(f"written: {out}, and its figures in {figures_of(out)}")

@@ -142,9 +142,9 @@ def split_by_family(family: str, shares: Mapping[str, float], seed: int) -> str:
 def check(shares: Mapping[str, float]) -> None:
     """Raise where no split can be made so."""
     if "train" in shares or not all(0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
+        given = ", ".join(f"{name} {share}" for name, share in shares.items())
         raise RequestError(
-            f"got the shares {dict(shares)}, takes a number between 0 and 1 for each part but train, which gets the "
-            "rest; give less than 1 in all"
+            f"got {given}, takes shares above 0, of less than 1 in all, for parts other than train, which gets the rest"
         )
 
 

@@ -113,7 +113,10 @@ class Rules:
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.longest:
-            raise RequestError(f"got lengths {self.shortest} to {self.longest}, takes 1 <= shortest <= longest")
+            raise RequestError(
+                f"got lengths {self.shortest} to {self.longest}, takes 1 or more for the shortest and no less for the"
+                " longest"
+            )
         if not 0 <= self.ambiguous <= 1:
             raise RequestError(f"got a share of {self.ambiguous} ambiguous letters, takes 0 to 1")
 
@@ -189,9 +192,12 @@ def _fault(sequence: str, rules: Rules) -> str | None:
         return f"shorter than {rules.shortest}"
     if len(sequence) > rules.longest:
         return f"longer than {rules.longest}"
-    if len(sequence) >= 20 and _NUCLEOTIDES.issuperset(sequence):
-        return "nucleotides"
-    return None
+    return "nucleotides" if seems_nucleotides(sequence) else None
+
+
+def seems_nucleotides(sequence: str) -> bool:
+    """Too long to be a protein of none but these letters by chance."""
+    return len(sequence) >= 20 and _NUCLEOTIDES.issuperset(sequence)
 
 
 def _is_new(text: str, seen: set[bytes]) -> bool:

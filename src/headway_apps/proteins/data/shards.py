@@ -172,7 +172,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _whole(folder: Path, shard: dict[str, Any]) -> Path:
     path: Path = folder / shard["file"]
-    size = path.stat().st_size if path.is_file() else 0
+    if not path.is_file():
+        raise DataError(f"got {folder} without its {shard['file']}, takes all of a prepared folder; prepare it again")
+    size = path.stat().st_size
     if size != shard["bytes"]:
         raise DataError(f"got {path} with {size:,} bytes, takes {shard['bytes']:,}; it is truncated: prepare it again")
     return path

@@ -106,11 +106,10 @@ class Stepped(Sampler):
     least: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.least < 1:
-            raise RequestError(
-                f"got {self.steps} steps and a least time of {self.least}, takes 1 step or more and a time between 0"
-                " and 1"
-            )
+        if self.steps < 1:
+            raise RequestError(f"got {self.steps} steps, takes 1 step or more")
+        if not 0 < self.least < 1:
+            raise RequestError(f"got a least time of {self.least}, takes one between 0 and 1")
 
     def walk(self, chain: Chain) -> None:
         times = torch.linspace(1, self.least, self.steps + 1, dtype=torch.float64)

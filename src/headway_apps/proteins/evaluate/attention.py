@@ -45,7 +45,7 @@ def attention_of(
         rows = torch.empty(packed.documents, heads, packed.longest, size, dtype=dtype, device=device)
         rows.requires_grad_(gradients)
         decision = headway.explain(rows, rows, rows, None if packed.is_rows else packed.mask)
-        layout = "rows of a batch" + ("" if packed.is_rows else ", filled up: no kernel here knows packed proteins")
+        layout = "in rows of a batch" + ("" if packed.is_rows else ", filled up: no kernel here knows packed proteins")
     return Attention(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),

@@ -14,12 +14,13 @@ import torch
 
 import headway
 from headway import RequestError
+from headway_apps.proteins.data.fasta import seems_nucleotides
 from headway_apps.proteins.data.packing import BOUNDARIES
 from headway_apps.proteins.data.prepare import MOST_RESIDUES, Progress
 from headway_apps.proteins.data.shards import Part, Prepared
 from headway_apps.proteins.errors import DataError
 from headway_apps.proteins.evaluate.attention import Attention, attention_of
-from headway_apps.proteins.evaluate.likelihood import likelihood
+from headway_apps.proteins.evaluate.likelihood import chosen, likelihood
 from headway_apps.proteins.evaluate.nearest import identities
 from headway_apps.proteins.evaluate.ngrams import Baseline, baselines
 from headway_apps.proteins.evaluate.references import references
@@ -27,7 +28,7 @@ from headway_apps.proteins.evaluate.statistics import Nearness, Statistics, stat
 from headway_apps.proteins.trained import Trained
 from headway_apps.training import folders, precision
 
-VERSION = 1
+VERSION = 2
 TOKENS = 16_384
 SHOWN = 10
 MOST = 5_000
@@ -161,7 +162,7 @@ def evaluate(
             standard_error=bound.standard_error if len(bound.nats) > 1 else None, prior=bound.prior,
             sequences=len(bound.nats), of_sequences=len(held_out), residues=sum(bound.residues), draws=draws, seed=seed,
         ),
-        baselines=baselines(train, held_out, seed=seed),
+        baselines=baselines(train, held_out, scored=chosen(held_out, seed, sequences), seed=seed),
         attention=[
             attention_of(trained.model.config, _batch_of(held_out, tokens), where, dtype, gradients)
             for dtype, gradients in ((torch.float32, False), (precision.chosen(where).dtype, True))
@@ -172,15 +173,19 @@ def evaluate(
         absent=absent,
         machine=machine(where),
         written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        notes=list(_notes(prepared, trained_on, rows)),
+        notes=list(_notes(prepared, trained_on, samples, rows)),
     )  # fmt: skip
 
 
-def _notes(prepared: Prepared, trained_on: str | None, rows: list[Statistics]) -> Iterator[str]:
+def _notes(
+    prepared: Prepared, trained_on: str | None, samples: Samples | None, rows: list[Statistics]
+) -> Iterator[str]:
     if trained_on not in (None, prepared["train"].fingerprint):
         yield (
             f"the model was trained on other data than {prepared.folder.name}, and may have seen what is held out there"
         )
+    if samples is not None and all(map(seems_nucleotides, samples.proteins)):
+        yield "the samples are of A, C, G, T, U and N alone: nucleotides, as it seems, and no proteins"
     if rows and rows[0].valid < 1:
         yield f"{1 - rows[0].valid:.1%} of the samples are empty, or have letters that no protein has"
     # But for `real, whole`, which shows what more proteins are worth.

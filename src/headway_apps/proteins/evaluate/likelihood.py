@@ -39,17 +39,17 @@ def likelihood(
     Of several processes each takes its `share`, (its rank, their number); the bounds of all, merged, are the bound.
     """
     part.fits(trained.alphabet)
-    chosen = _chosen(part, seed, sequences)[share[0] :: share[1]]
-    if not len(chosen):
+    scored = chosen(part, seed, sequences)[share[0] :: share[1]]
+    if not len(scored):
         raise RequestError(f"got share {share} of fewer sequences than that, takes one that has a sequence")
-    lengths = part.lengths()[chosen] + BOUNDARIES
+    lengths = part.lengths()[scored] + BOUNDARIES
     if (longest := int(lengths.max())) > tokens:
         raise RequestError(
             f"got batches of {tokens} tokens, takes at least {longest}, the longest sequence of {part.name} with its "
             f"{BOUNDARIES} boundary tokens; give larger ones"
         )
     found: list[Bound] = []
-    order = chosen[np.argsort(lengths, kind="stable")]  # like lengths together: rows waste least where nothing packs
+    order = scored[np.argsort(lengths, kind="stable")]  # like lengths together: rows waste least where nothing packs
     with evaluated(trained.model, device) as model:
         for batch in _batches(part, order, tokens, trained):
             found.append(_bound(trained, batch.to(model.device), batch, draws, seed))
@@ -57,7 +57,8 @@ def likelihood(
     return _in_order(Bound.merged(found), order)
 
 
-def _chosen(part: Part, seed: int, sequences: int | None) -> Ints:
+def chosen(part: Part, seed: int, sequences: int | None) -> Ints:
+    """Which sequences are scored: so many, the same for the same seed, or all."""
     if not len(part):
         raise DataError(f"got no sequences in {part.name}, takes at least one")
     if sequences is not None and sequences < 1:

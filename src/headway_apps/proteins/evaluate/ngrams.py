@@ -45,16 +45,20 @@ class Baseline:
     perplexity: float
 
 
-def baselines(train: Part, held_out: Part, *, orders: Sequence[int] = ORDERS, seed: int = 0) -> list[Baseline]:
-    """The uniform distribution and each n-gram of `orders`, from the counts of one part, on all residues of another."""
+def baselines(
+    train: Part, held_out: Part, *, scored: Ints | None = None, orders: Sequence[int] = ORDERS, seed: int = 0
+) -> list[Baseline]:
+    """The uniform distribution and each n-gram of `orders`, from the counts of one part, on another: on the sequences
+    `scored` of it, or all."""
     if not orders or list(orders) != sorted(set(orders)) or orders[0] < 1:
         raise RequestError(f"got orders {tuple(orders)}, takes rising whole numbers from 1")
     letters = STANDARD + "".join(each for each in AMBIGUOUS if each in train.letters or each in held_out.letters)
     fitted = NGrams.fit(train, letters, orders[-1], seed)
     costs = np.zeros(orders[-1] + 1)
-    for text in _chunks(held_out, np.arange(len(held_out)), letters, orders[-1]):
+    scored = np.arange(len(held_out)) if scored is None else scored
+    for text in _chunks(held_out, scored, letters, orders[-1]):
         costs -= np.log(fitted.probabilities(text)).sum(axis=1)
-    costs /= held_out.residues
+    costs /= held_out.lengths()[scored].sum()
     names = {0: f"uniform over {len(letters)}", **{n: f"{n}-gram" for n in orders}}
     return [Baseline(name, float(costs[n]), math.exp(costs[n])) for n, name in names.items()]
 

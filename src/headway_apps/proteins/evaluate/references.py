@@ -7,7 +7,7 @@ for the training proteins: families that are held out differ from those, and so 
     training, shuffled  those of the row `training`, each with its residues in a random order: what a model is
                         worth that learned which residues there are, and nothing of their order
     training            as many of the training proteins, cut to the lengths of the samples
-    shuffled            those of the row `real`, each with its residues in a random order
+    real, shuffled      those of the row `real`, each with its residues in a random order
     real                as many proteins, where there are as many, cut to the lengths of the samples
     real, whole         all of the other half, as they are: also their lengths are nature's
 """
@@ -23,7 +23,7 @@ import numpy as np
 from headway import RequestError
 from headway_apps.proteins.alphabet import STANDARD
 
-NAMES = ("random", "training, shuffled", "training", "shuffled", "real", "real, whole")
+NAMES = ("random", "training, shuffled", "training", "real, shuffled", "real", "real, whole")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ class DiTConfig:
             good = [str(n) for n in range(1, self.width // 2 + 1) if self.width % (2 * n) == 0]
             raise RequestError(
                 f"got width {self.width} for {self.heads} heads, takes heads of one even size: "
-                + (f"heads={', '.join(good)}" if good else "an even width")
+                + (f"heads={', '.join(good)}" if good else f"a width that is a multiple of {2 * self.heads}")
             )
         if self.scored > self.embedded:
             raise RequestError(f"got {self.scored} scored symbols of {self.embedded} that are read, takes no more")

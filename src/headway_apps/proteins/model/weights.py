@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import re
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from headway_apps.proteins.errors import WeightsError
 from headway_apps.proteins.model.config import DiTConfig
 from headway_apps.proteins.model.dit import DiT, rotations
 from headway_apps.proteins.model.presets import SEDD, V100
+from headway_apps.training import folders, tensors
 
 CONFIG = "headway.proteins.config"
 """Where a file of ours keeps its config, among the metadata."""
@@ -87,15 +86,13 @@ def save(model: DiT, path: str | os.PathLike[str]) -> None:
     """Write weights and config as safetensors: whole, or not at all."""
     path = Path(path)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    partial = folders.hidden(path)
     try:
-        save_file(weights, unfinished, {CONFIG: json.dumps(dataclasses.asdict(model.config))})
-        with Path(unfinished).open("rb+") as file:
-            os.fsync(file.fileno())
-        Path(unfinished).replace(path)
+        tensors.write(partial, weights, {CONFIG: json.dumps(dataclasses.asdict(model.config))})
+        folders.sync(partial)
+        partial.replace(path)
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], *, ema: bool = False, **unseen: Any) -> DiT:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from headway_apps.proteins.evaluate.evaluation import Evaluation
+from headway_apps.proteins.evaluate.ngrams import Baseline
 from headway_apps.proteins.evaluate.statistics import KMERS, Statistics
 from headway_apps.proteins.report.run import Curve, Run
 
@@ -68,10 +68,14 @@ def figures(run: Run) -> Iterator[Figure]:
     if loss := run.curve("train/loss"):
         yield Figure("loss", "Training loss", _loss_caption(run), lambda axes, ink: _loss(axes, ink, loss, run))
     if held_out := run.curve("val/loss"):
-        caption = "Nats per residue, at most, of what was held out: lower is better."
-        if run.evaluation is not None:
+        some = "what was held out" if run.looked_at is None else f"{run.looked_at:,} of the sequences held out"
+        caption = f"Nats per residue, at most, of {some}: lower is better."
+        counted = run.evaluation.baselines if run.evaluation is not None and run.compares else []
+        if counted:
             caption += " Dashed: what counting in the training data gives."
-        yield Figure("held-out", "Held out", caption, lambda axes, ink: _held_out(axes, ink, held_out, run.evaluation))
+        elif run.evaluation is not None:
+            caption += " The evaluation scored others, so its n-grams are not beside it."
+        yield Figure("held-out", "Held out", caption, lambda axes, ink: _held_out(axes, ink, held_out, counted))
     if rate := run.curve("train/learning_rate"):
         yield Figure("rate", "Learning rate", "", lambda axes, ink: _plain(axes, ink, rate, "learning rate"))
     if speed := run.curve("train/residues_per_second"):
@@ -89,7 +93,7 @@ def figures(run: Run) -> Iterator[Figure]:
 
 def _loss_caption(run: Run) -> str:
     lost = run.lost("train/loss")
-    said = "Nats per residue of each log, and their running mean."
+    said = "Nats per residue of each log, and their running mean where they are many."
     if ended := _curriculum_end(run):
         said += f" Shaded: the curriculum, until step {ended:,}."
     return said + (f" {lost} logs were no number, and are not drawn." if lost else "")
@@ -112,20 +116,18 @@ def _loss(axes: Any, ink: Ink, loss: Curve, run: Run) -> None:
     axes.set_xlabel("step")
 
 
-def _held_out(axes: Any, ink: Ink, curve: Curve, evaluation: Evaluation | None) -> None:
+def _held_out(axes: Any, ink: Ink, curve: Curve, counted: list[Baseline]) -> None:
     axes.plot(*zip(*curve, strict=True), color=ink.series[0], linewidth=1.8, marker="o", markersize=3.5)
-    for each in () if evaluation is None else evaluation.baselines:
+    for each in counted:
         axes.axhline(each.nats_per_residue, color=ink.series[2], linewidth=1, linestyle="--")
         if each.name.startswith(("uniform", "1-", "4-")):  # those between lie too near to be named
-            under = each.name.startswith("4-")  # the 3-gram's line is just above
             axes.annotate(
                 each.name,
-                (0.995, each.nats_per_residue),
+                (1, each.nats_per_residue),
                 xycoords=axes.get_yaxis_transform(),
-                xytext=(0, -3 if under else 2),
+                xytext=(4, 0),
                 textcoords="offset points",
-                ha="right",
-                va="top" if under else "bottom",
+                va="center",
                 fontsize=8,
                 color=ink.quiet,
             )

@@ -134,7 +134,8 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "Residues per second", f"{middle:,.0f}", "the median of all logs"
     if held_out := run.curve("val/loss"):
         step, least = min(held_out, key=lambda each: each[1])
-        yield "Best in training", f"{least:.4f}", f"nats per residue held out, at step {step:,}"
+        of = "" if run.looked_at is None else f" of {run.looked_at:,} sequences"
+        yield "Best in training", f"{least:.4f}", f"nats per residue held out{of}, at step {step:,}"
 
 
 def _time(seconds: float) -> str:
@@ -164,7 +165,7 @@ def _held_out(run: Run, pictures: dict[str, Drawn]) -> Iterator[str]:
     if ours.prior:
         said += f" Of it {ours.prior:.4f} are the prior's."
     if ours.sequences < ours.of_sequences:
-        said += " The n-grams are of all sequences."
+        said += " The n-grams are scored on the same ones."
     yield f'<p class="quiet">{escape(said)}</p></section>'
 
 

@@ -83,6 +83,24 @@ class Run:
         return ((line["step"], float(line[key])) for line in self.metrics if key in line)
 
     @property
+    def looked_at(self) -> int | None:
+        """How many held-out sequences were scored as it trained; None for all."""
+        found: int | None = (self.config.get("look") or {}).get("sequences")
+        return found
+
+    @property
+    def compares(self) -> bool:
+        """Whether what was scored as it trained is what the evaluation scored, and its n-grams."""
+        if self.evaluation is None:
+            return False
+        ours, look = self.evaluation.likelihood, self.config.get("look") or {}
+        if self.evaluation.data["part"] != look.get("part", "held_out"):
+            return False
+        of = ours.of_sequences
+        seed = (self.config.get("run") or {}).get("seed")
+        return min(self.looked_at or of, of) == ours.sequences and (ours.sequences == of or ours.seed == seed)
+
+    @property
     def curriculum(self) -> tuple[str, int | None]:
         """Its kind, and the steps it was given; 'none' where the noise was the same in all steps."""
         told = self.config.get("curriculum") or {}
