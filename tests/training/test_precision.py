@@ -98,6 +98,7 @@ def test_the_device_is_the_best_that_is_here_or_the_one_asked_for(asked, here, f
         ("cuda:4", NODE, "got device cuda:4, takes what is here: 4 cuda, 1 cpu"),
         ("mps", NODE, "got device mps"),
         ("cpu:1", PC, "got device cpu:1"),
+        ("gpu:0", NODE, "got device gpu:0, which torch knows as cuda, or on a Mac as mps"),
     ],
 )
 def test_a_device_that_is_not_here_is_refused(asked, here, says) -> None:
@@ -105,7 +106,7 @@ def test_a_device_that_is_not_here_is_refused(asked, here, says) -> None:
         find(asked, here)
 
 
-@pytest.mark.parametrize("asked", ["gpu", "meta", "", "cuda:x"])
+@pytest.mark.parametrize("asked", ["xpu", "meta", "", "cuda:x"])
 def test_what_is_no_device_is_refused(asked: str) -> None:
     with pytest.raises(UnknownNameError, match="unknown device .*; known: auto, cuda, mps, cpu"):
         find(asked, NODE)

@@ -45,6 +45,8 @@ def find(asked: str, here: Mapping[str, int]) -> torch.device:
     """
     if asked == "auto":
         return torch.device(next(kind for kind in KINDS if here.get(kind)))
+    if asked.partition(":")[0] == "gpu":
+        raise DeviceError(f"got device {asked}, which torch knows as cuda, or on a Mac as mps; ask for one of these")
     try:
         found = torch.device(asked)
     except RuntimeError as error:

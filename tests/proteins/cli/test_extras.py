@@ -41,7 +41,10 @@ def test_help_needs_no_extra_and_work_names_the_one_that_is_missing(tmp_path: Pa
     assert len(asked) >= 6
     assert asked == [[0, ""]] * len(asked)
     assert called == [
-        [1, f"error: got no package {package}, which this command takes; pip install 'headway[proteins]'\n"]
+        [
+            1,
+            f"error: got no package {package}, which this command takes; pip install '.[proteins]' in Headway's folder\n",
+        ]
         for package in ("pyarrow", "safetensors")
     ]
 

@@ -28,11 +28,14 @@ def run(error: BaseException) -> Result:
     ("error", "line"),
     [
         (DataError("got a, takes b\n  asked  c"), "got a, takes b asked c"),
-        (FileNotFoundError(2, "No such file or directory", "x.fasta"), "x.fasta: No such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.fasta"),
+            "cannot read or write x.fasta: No such file or directory",
+        ),
         (OSError(28, "No space left on device"), "No space left on device"),
         (
             ModuleNotFoundError("No module named 'pyarrow.lib'", name="pyarrow.lib"),
-            "got no package pyarrow.lib, which this command takes; pip install 'headway[proteins]'",
+            "got no package pyarrow.lib, which this command takes; pip install '.[proteins]' in Headway's folder",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"),

@@ -242,7 +242,7 @@ def test_without_a_config_only_a_run_goes_on(tmp_path: Path, words: list[str], t
     [
         (["--set", "optim.lrr=1"], "optim.lrr is unknown"),
         (["--set", "run.device=cuda:7"], "cuda:7"),
-        (["--set", "data.folder=/nowhere"], "/nowhere"),
+        (["--set", "data.folder=/nowhere"], "data.folder: got /nowhere, which is not there"),
         (["--resume"], "has no checkpoint"),
     ],
 )

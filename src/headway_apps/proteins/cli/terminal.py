@@ -33,14 +33,14 @@ def failures() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("headway", "headway_apps"):
             raise
-        told = f"got no package {error.name}, which this command takes; pip install 'headway[proteins]'"
+        told = f"got no package {error.name}, which this command takes; pip install '.[proteins]' in Headway's folder"
         raise _exit(told) from error
     except HeadwayError as error:
         raise _exit(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise _exit(f"{str(error).partition('. ')[0]}; give fewer tokens in a batch, or a smaller model") from error
     except OSError as error:
-        named = f"{error.filename}: " if error.filename else ""
+        named = f"cannot read or write {error.filename}: " if error.filename else ""
         raise _exit(f"{named}{error.strerror or error}") from error
 
 

@@ -26,6 +26,7 @@ from headway_apps.proteins.config import FILE, Config
 from headway_apps.proteins.data.packing import BOUNDARIES, Batch, Batches
 from headway_apps.proteins.data.shards import Part, Prepared
 from headway_apps.proteins.diffusion.bound import Bound
+from headway_apps.proteins.errors import DataError
 from headway_apps.proteins.evaluate.likelihood import likelihood
 from headway_apps.proteins.generate.files import save
 from headway_apps.proteins.generate.lengths import draw
@@ -112,7 +113,10 @@ class Trainer:
         self.device = self.accelerator.device
         self.is_first = self.accelerator.is_main_process
         self.told: Told = told if self.is_first else lambda _: None
-        prepared = Prepared(Path(config.data.folder))
+        try:
+            prepared = Prepared(Path(config.data.folder))
+        except DataError as error:
+            raise DataError(f"data.folder: {error}") from error
         self.part = prepared["train"]
         self.looked_at = prepared[config.look.part]
         symbols, noise = config.data.symbols, config.noise
