@@ -40,11 +40,9 @@ def test_help_needs_no_extra_and_work_names_the_one_that_is_missing(tmp_path: Pa
     asked, called = json.loads(done.stdout)
     assert len(asked) >= 6
     assert asked == [[0, ""]] * len(asked)
+    remedy = "pip install '.[proteins]' in Headway's folder"
     assert called == [
-        [
-            1,
-            f"error: got no package {package}, which this command takes; pip install '.[proteins]' in Headway's folder\n",
-        ]
+        [1, f"error: got no package {package}, which this command takes; {remedy}\n"]
         for package in ("pyarrow", "safetensors")
     ]
 
