@@ -224,7 +224,8 @@ def xformers() -> types.ModuleType:
         must_be_dense(query, key, value)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         assert q.shape[1] == k.shape[1]
-        assert q.requires_grad or k.requires_grad or v.requires_grad or not walks_heads(q, k, v)
+        learns = q.requires_grad or k.requires_grad or v.requires_grad
+        assert learns or not walks_heads(k, v)
         added, keep = 0.0, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
         if isinstance(attn_bias, Tensor):
             assert attn_bias.shape == (*q.shape[:3], k.shape[2])
@@ -235,7 +236,8 @@ def xformers() -> types.ModuleType:
             assert q.shape[0] == 1 or not isinstance(attn_bias, BlockDiagonalMask)
             keep = attn_bias.keep(q.shape[2], k.shape[2])
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return textbook(q, k, v, keep.expand(*q.shape[:2], -1, -1), added, scale=scale)[0].transpose(1, 2)
+        out = textbook(q, k, v, keep.expand(*q.shape[:2], -1, -1), added, scale=scale)[0].transpose(1, 2)
+        return out if learns else out.detach()
 
     fmha = module("xformers.ops.fmha", memory_efficient_attention)
     fmha.attn_bias = module(
@@ -263,9 +265,9 @@ def varlen_attn(
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
-def walks_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def walks_heads(k: Tensor, v: Tensor) -> bool:
     """CUTLASS's forward pass without lse takes heads for queries, and errs, where heads share keys by strides."""
-    return q.shape[1] > 1 and k.stride(1) == 0 == v.stride(1)
+    return k.stride(1) == 0 == v.stride(1)
 
 
 def upper_left(q: Tensor, k: Tensor, causal: bool) -> Tensor:
@@ -288,7 +290,7 @@ def efficient(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, i
     """torch._scaled_dot_product_efficient_attention: no shared key heads; a bias that is whole, its rows aligned."""
     assert dropout_p == 0.0
     assert query.shape[1] == key.shape[1] == value.shape[1]
-    assert compute_log_sumexp or not walks_heads(query, key, value)
+    assert compute_log_sumexp or not walks_heads(key, value)
     keep = upper_left(query, key, is_causal)
     if attn_bias is not None:
         assert attn_bias.dtype == query.dtype

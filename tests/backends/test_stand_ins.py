@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import sys
@@ -59,17 +60,35 @@ def hang(monkeypatch: pytest.MonkeyPatch, made: types.ModuleType) -> None:
 def cases() -> list[object]:
     """All that the backend accepts on an H200; its layout is made plain before a kernel sees it."""
     return [
-        pytest.param(backend, case, id=f"{backend}-{case.name}")
+        pytest.param(backend, case, learns, id=f"{backend}-{case.name}{', learns' if learns else ''}")
         for backend in CUDA_ONLY
         for case in DECK.values()
+        for learns in sorted({False, case.name in ACCEPTS["h200"][backend].learns})
         if case.name in ACCEPTS["h200"][backend].learns | ACCEPTS["h200"][backend].infers and not case.dropout
     ]
 
 
-@pytest.mark.parametrize(("backend", "case"), cases())
-def test_says_to_its_kernel_what_was_asked(backend: str, case: Case, kernel: Any) -> None:
-    for learns in {False, case.name in ACCEPTS["h200"][backend].learns}:
-        says(kernel, case.draw("float32", "cpu", learns=learns), learns=learns)
+@pytest.mark.parametrize(("backend", "case", "learns"), cases())
+def test_says_to_its_kernel_what_was_asked(case: Case, learns: bool, kernel: Any) -> None:
+    says(kernel, case.draw("float32", "cpu", learns=learns), learns=learns)
+
+
+@pytest.mark.parametrize("backend", ["xformers", "sdpa-efficient"])
+def test_a_bias_that_learns_alone_gets_its_gradient(kernel: Any) -> None:
+    """xformers looks at q, k and v alone to see whether anything learns."""
+    call = DECK["mask bias-learnt"].draw("float32", "cpu", learns=False)
+    assert [name for name in call.learnt() if name in "qkv"] == []
+    assert call.learnt()
+    says(kernel, call, learns=True)
+
+
+@pytest.mark.parametrize("backend", ["xformers", "sdpa-efficient"])
+def test_one_head_cut_from_many_that_share_keys(kernel: Any) -> None:
+    """It is contiguous as torch counts, and its stride is 0."""
+    call = DECK["length 65x100, causal-upper-left, layout one-for-all"].draw("float32", "cpu", learns=False)
+    q, k, v = (x[:1, :1] for x in (call.q, call.k, call.v))
+    assert k.contiguous().stride(1) == 0
+    says(kernel, dataclasses.replace(call, q=q, k=k, v=v), learns=False)
 
 
 def says(kernel: Any, call: Call, *, learns: bool) -> None:

@@ -57,8 +57,8 @@ def shared_by_strides(k: Tensor, v: Tensor) -> bool:
     """Whether all heads have one and the same keys and values in memory.
 
     CUTLASS's forward pass, of PyTorch and of xformers, then walks heads as if they were queries wherever one query is
-    left to a block, unless it returns lse: with wrong rows of a bias, without the causal mask, and past the last head
-    (pytorch#191937, pytorch#192138)."""
+    left to a block, unless it returns lse: without the causal mask, past the last head (pytorch#192138), and before
+    torch 2.13 with wrong rows of a bias (pytorch#191937)."""
     return k.stride(1) == 0 == v.stride(1)
 
 

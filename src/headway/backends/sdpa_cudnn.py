@@ -35,8 +35,8 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Lowered:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, extras: Extras) -> Attended:
     # PyTorch lays the answer out as the query is. Of a query that is spread over batch or heads by a stride of 0, and
-    # values of another size than keys, features would not lie side by side: an error, or the end of the process. Later
-    # torches mend it (pytorch#175764), but 2.13 still tells its compiler of those strides.
+    # values of another size than keys, features would not lie side by side: an error, or the end of the process. From
+    # 2.13 it is mended in eager mode (pytorch#175764), where the compiler still reckons with those strides.
     if q.shape[-1] != v.shape[-1] and 0 in q.stride():
         q = q.contiguous()
     wants_lse = extras.needs_grad or extras.lse or extras.sinks is not None

@@ -21,7 +21,10 @@ def lower(mask: Mask | None, frame: Frame, dtype: torch.dtype) -> Any:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, extras: Extras) -> Attended:
     fmha = real("xformers.ops.fmha")
     k, v = repeat_kv(q, k, v)
-    v = v.contiguous() if not extras.needs_grad and shared_by_strides(k, v) else v  # with gradients it returns lse
+    if shared_by_strides(k, v):
+        v = v.clone(memory_format=torch.contiguous_format)
+    if extras.needs_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
+        q = q.detach().requires_grad_()  # it looks at these three alone, and would forget that the bias learns
     batch, _, length, _ = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, fmha.attn_bias.BlockDiagonalMask):
