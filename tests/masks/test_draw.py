@@ -91,5 +91,5 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(MaskError, match=r"needs matplotlib: pip install 'headway\[figures\]'"):
+    with pytest.raises(MaskError, match=r"needs matplotlib: pip install matplotlib"):
         Causal().draw(tmp_path / "mask.png", 2, 2)

@@ -27,7 +27,7 @@ def draw(mask: Mask, path: str | Path, q_len: int, kv_len: int, *, batch: int, h
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MaskError("drawing a mask needs matplotlib: pip install 'headway[figures]'") from error
+        raise MaskError("drawing a mask needs matplotlib: pip install matplotlib") from error
     keep = sample(mask, q_len, kv_len, batch=batch, head=head, at_most=1024)
     # A figure of its own: pyplot would choose a backend for the whole process.
     figure = Figure(figsize=(5, 5 * max(0.3, min(3.0, q_len / max(kv_len, 1)))), layout="constrained")

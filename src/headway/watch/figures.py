@@ -20,7 +20,7 @@ def draw(recording: Recording, folder: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise HeadwayError("figures need matplotlib; install headway[figures]") from error
+        raise HeadwayError("figures need matplotlib: pip install matplotlib") from error
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, paint in (("activations", _activations), ("gradients", _gradients), ("entropy", _entropy)):

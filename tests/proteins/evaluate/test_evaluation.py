@@ -98,8 +98,9 @@ def test_n_grams_are_scored_on_what_the_model_was(data: Prepared) -> None:
 
 
 def test_samples_that_are_nucleotides_are_noted(data: Prepared) -> None:
-    notes = evaluate(trained(), data, model="made", samples=Samples(["ACGT" * 9, "GATTACA" * 4], "a test")).notes
-    assert any("nucleotides, as it seems" in note for note in notes)
+    samples = Samples(["ACGT" * 9, "GATTACA" * 4, "MKT"], "a test")
+    notes = evaluate(trained(), data, model="made", samples=samples).notes
+    assert any(note.startswith("2 samples are of A, C, G, T, U and N alone: nucleotides") for note in notes)
     assert not any("nucleotides" in each for each in evaluate(trained(), data, model="made").notes)
 
 
@@ -144,6 +145,12 @@ def test_statistics_of_samples_are_not_lost_to_an_evaluation_without(data: Prepa
     assert CliRunner().invoke(app, [*asked, "--sequences", "5", "--force"]).exit_code == 0
     assert Evaluation.load(tmp_path / "evaluation.json").samples is None
     assert CliRunner().invoke(app, [*asked, "--sequences", "6"]).exit_code == 0, "there is nothing to lose"
+    (tmp_path / "evaluation.json").write_text(json.dumps(json.loads(before) | {"version": 1}))
+    assert "which has statistics of samples" in " ".join(CliRunner().invoke(app, asked).stderr.split())
+    (tmp_path / "notes.txt").write_text("mine")
+    refused = CliRunner().invoke(app, [*asked, "--count", "3", "--out", str(tmp_path / "notes.txt")])
+    assert "which is there and is no evaluation; give another --out, or --force" in " ".join(refused.stderr.split())
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("width", [60, 80, 101, 140, 300])

@@ -20,6 +20,7 @@ def config(data: Path, **sections: Any) -> dict[str, Any]:
         "data": {"folder": str(data), "alphabet": "esm"},
         "model": {"preset": None, "width": 32, "blocks": 1, "heads": 2, "cond": 8, "dropout": 0.1},
         "run": {"steps": 2000, "seed": 0, "device": "auto"},
+        "look": {"part": "held_out", "sequences": None},
         "curriculum": {"kind": "none", "steps": None, "shape": None},
         "batch": {"tokens": 4096, "per_step": 1, "buckets": [128, 256]},
         "keep": {"trackers": ["jsonl"], "name": None},
@@ -55,7 +56,10 @@ def run(folder: Path, *, evaluated: bool = True, rises: bool = False, name: str 
     (made / "samples" / "step-00002000.fasta").write_text(">seed0-1 length=12\nMKTAYIAKQRQI\n>seed0-2\nMAAW\n")
     if evaluated:
         samples = Samples(["MKTAYIAKQRQISFVKSHFSRQ", "MGSSHHHHHHSSGLVPRGSH", "MAAAAAAAAAAAAAW"], "made by hand")
-        evaluate(trained(), data, model="a run, step 2,000", samples=samples).save(made / "evaluation.json")
+        of = data["train"].fingerprint
+        evaluate(trained(), data, model="a run, step 2,000", trained_on=of, samples=samples).save(
+            made / "evaluation.json"
+        )
     return made
 
 

@@ -103,10 +103,11 @@ def test_n_grams_are_beside_the_curve_only_where_they_are_of_the_same_sequences(
     """In a demo the curve was of 60 sequences, ended above the line of 1-grams of all, and was below it on all."""
     held = Run.open(whole)
     assert "Dashed" in caption(held)
-    few = dataclasses.replace(held, config=held.config | {"look": {"sequences": 5}})
-    assert "of 5 of the sequences held out" in caption(few)
-    assert "The evaluation scored others" in caption(few)
-    assert "5 sequences, at step" in page(few, [])
+    few = dataclasses.replace(held, config=held.config | {"look": {"part": "held_out", "sequences": 5}})
+    assert "of up to 5 sequences held out" in caption(few)
+    assert "The evaluation scored other sequences" in caption(few)
+    assert "of up to 5 sequences, at step" in page(few, [])
+    assert "Dashed" not in caption(dataclasses.replace(held, config={})), "who knows"
     assert held.evaluation is not None
     ours = dataclasses.replace(held.evaluation.likelihood, sequences=5)
     same = dataclasses.replace(few, evaluation=dataclasses.replace(held.evaluation, likelihood=ours))
@@ -114,6 +115,17 @@ def test_n_grams_are_beside_the_curve_only_where_they_are_of_the_same_sequences(
     other = dataclasses.replace(held.evaluation, likelihood=dataclasses.replace(ours, seed=9))
     assert "Dashed" not in caption(dataclasses.replace(few, evaluation=other)), "drawn by another seed"
     assert "Dashed" not in caption(dataclasses.replace(held, evaluation=same.evaluation)), "the curve is of all"
+    for data in ({"is_of_training": False}, {"is_of_training": None}, {"part": "test"}):
+        elsewhere = dataclasses.replace(held.evaluation, data=held.evaluation.data | data)
+        assert "Dashed" not in caption(dataclasses.replace(held, evaluation=elsewhere)), data
+
+
+def test_a_run_that_is_not_there_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("none", "file"):
+        done = CliRunner().invoke(app, ["report", str(tmp_path / name)])
+        assert done.exit_code == 1
+        assert f"{name}, which is no folder, takes that of a run" in done.stderr
 
 
 def caption(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,7 +48,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="Where to write it.", show_default="evaluation.json in the model's folder")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Without samples: in place of a file that has some.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="In place of any file that is there.")] = False,
 ) -> None:
     """Score held-out proteins and compare samples with real ones; print the tables, and write them as JSON."""
     from headway_apps.proteins.cli.opened import opened
@@ -60,7 +61,7 @@ def command(
     trained, name, trained_on = opened(model, best=best)
     out = model / "evaluation.json" if out is None else out
     files.check(out, force=True)
-    if samples is None and not count and not force and (kept := _samples_in(out)):
+    if not force and (kept := _samples_in(out)) and samples is None and not count:
         raise DataError(
             f"got {out}, which has statistics of samples ({kept}), and none to put in their place; give --samples or"
             " --count, another --out, or --force"
@@ -79,13 +80,14 @@ def command(
 
 
 def _samples_in(out: Path) -> str | None:
-    """Where the samples of an evaluation that is there came from. What cannot be read is no loss."""
-    from headway_apps.proteins.evaluate.evaluation import Evaluation
-
-    try:
-        return Evaluation.load(out).samples if out.exists() else None
-    except DataError:
+    """Where the samples of an evaluation that is there came from, of whatever version it is."""
+    if not out.exists():
         return None
+    try:
+        found: str | None = json.loads(out.read_text(encoding="utf-8"))["samples"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"got {out}, which is there and is no evaluation; give another --out, or --force") from error
+    return found
 
 
 def _samples(trained: Trained, file: Path | None, count: int, seed: int, tokens: int, tell: Progress) -> Samples | None:
@@ -117,7 +119,7 @@ def show(found: Evaluation, console: Console) -> None:
     ours, part = found.likelihood, found.data["part"]
     table = Table(box=box.SIMPLE_HEAD, title=f"{part}: {ours.sequences:,} sequences, {ours.residues:,} residues")
     for head in ("", "nats per residue", "perplexity"):
-        table.add_column(head, justify="right" if head else "left")
+        table.add_column(head, justify="right" if head else "left", overflow="fold")
     for each in found.baselines:
         table.add_row(each.name, f"{each.nats_per_residue:.4f}", f"{each.perplexity:.2f}")
     error = "" if ours.standard_error is None else f" ± {ours.standard_error:.4f}"

@@ -24,4 +24,5 @@ def command(
     from headway_apps.proteins.report.write import figures_of, write_report
 
     out = write_report(run, run / "report.html" if out is None else out)
-    typer.echo(f"written: {out}, and its figures in {figures_of(out)}")
+    figures = f", and its figures in {figures_of(out)}" if figures_of(out).is_dir() else ""
+    typer.echo(f"written: {out}{figures}")

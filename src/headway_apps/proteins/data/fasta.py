@@ -196,7 +196,7 @@ def _fault(sequence: str, rules: Rules) -> str | None:
 
 
 def seems_nucleotides(sequence: str) -> bool:
-    """Too long to be a protein of none but these letters by chance."""
+    """No protein of this length has none but these letters."""
     return len(sequence) >= 20 and _NUCLEOTIDES.issuperset(sequence)
 
 

@@ -152,6 +152,7 @@ def evaluate(
         parameters=sum(each.numel() for each in trained.model.parameters()),
         data={
             "folder": prepared.folder.name, "fingerprint": prepared.fingerprint, "part": part,
+            "is_of_training": None if trained_on is None else trained_on == train.fingerprint,
             "provenance": prepared.provenance,
             "parts": {
                 name: {"sequences": len(prepared[name]), "residues": prepared[name].residues} for name in prepared.parts
@@ -184,8 +185,8 @@ def _notes(
         yield (
             f"the model was trained on other data than {prepared.folder.name}, and may have seen what is held out there"
         )
-    if samples is not None and all(map(seems_nucleotides, samples.proteins)):
-        yield "the samples are of A, C, G, T, U and N alone: nucleotides, as it seems, and no proteins"
+    if samples is not None and (many := sum(map(seems_nucleotides, samples.proteins))):
+        yield f"{many:,} samples are of A, C, G, T, U and N alone: nucleotides, as it seems, and no proteins"
     if rows and rows[0].valid < 1:
         yield f"{1 - rows[0].valid:.1%} of the samples are empty, or have letters that no protein has"
     # But for `real, whole`, which shows what more proteins are worth.

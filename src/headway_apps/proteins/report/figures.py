@@ -68,13 +68,13 @@ def figures(run: Run) -> Iterator[Figure]:
     if loss := run.curve("train/loss"):
         yield Figure("loss", "Training loss", _loss_caption(run), lambda axes, ink: _loss(axes, ink, loss, run))
     if held_out := run.curve("val/loss"):
-        some = "what was held out" if run.looked_at is None else f"{run.looked_at:,} of the sequences held out"
+        some = "what was held out" if run.looked_at is None else f"up to {run.looked_at:,} sequences held out"
         caption = f"Nats per residue, at most, of {some}: lower is better."
         counted = run.evaluation.baselines if run.evaluation is not None and run.compares else []
         if counted:
             caption += " Dashed: what counting in the training data gives."
         elif run.evaluation is not None:
-            caption += " The evaluation scored others, so its n-grams are not beside it."
+            caption += " The evaluation scored other sequences, so its n-grams are not beside it."
         yield Figure("held-out", "Held out", caption, lambda axes, ink: _held_out(axes, ink, held_out, counted))
     if rate := run.curve("train/learning_rate"):
         yield Figure("rate", "Learning rate", "", lambda axes, ink: _plain(axes, ink, rate, "learning rate"))

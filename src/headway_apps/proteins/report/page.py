@@ -134,7 +134,7 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "Residues per second", f"{middle:,.0f}", "the median of all logs"
     if held_out := run.curve("val/loss"):
         step, least = min(held_out, key=lambda each: each[1])
-        of = "" if run.looked_at is None else f" of {run.looked_at:,} sequences"
+        of = "" if run.looked_at is None else f" of up to {run.looked_at:,} sequences"
         yield "Best in training", f"{least:.4f}", f"nats per residue held out{of}, at step {step:,}"
 
 

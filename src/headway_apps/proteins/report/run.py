@@ -84,21 +84,21 @@ class Run:
 
     @property
     def looked_at(self) -> int | None:
-        """How many held-out sequences were scored as it trained; None for all."""
+        """How many held-out sequences were scored as it trained, or more than there are; None for all."""
         found: int | None = (self.config.get("look") or {}).get("sequences")
         return found
 
     @property
     def compares(self) -> bool:
         """Whether what was scored as it trained is what the evaluation scored, and its n-grams."""
-        if self.evaluation is None:
+        if self.evaluation is None or "look" not in self.config or "run" not in self.config:
             return False
-        ours, look = self.evaluation.likelihood, self.config.get("look") or {}
-        if self.evaluation.data["part"] != look.get("part", "held_out"):
+        ours, data, look = self.evaluation.likelihood, self.evaluation.data, self.config["look"]
+        if not data["is_of_training"] or data["part"] != look["part"]:
             return False
         of = ours.of_sequences
-        seed = (self.config.get("run") or {}).get("seed")
-        return min(self.looked_at or of, of) == ours.sequences and (ours.sequences == of or ours.seed == seed)
+        scored = of if self.looked_at is None else min(self.looked_at, of)
+        return scored == ours.sequences and (scored == of or ours.seed == self.config["run"]["seed"])
 
     @property
     def curriculum(self) -> tuple[str, int | None]:

@@ -13,8 +13,8 @@ from headway_apps.proteins.report.run import Run
 
 def write_report(run: Path, out: Path) -> Path:
     """One HTML page that needs no other file, and beside it a folder with its light figures as PNG."""
-    files.check(out, force=True)
     held, folder = Run.open(run), figures_of(out)
+    files.check(out, force=True)
     drawn = [Drawn(each, each.png(LIGHT), each.png(DARK)) for each in figures(held)]
     text = page(held, drawn)
     for each in drawn:
