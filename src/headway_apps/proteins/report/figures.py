@@ -84,7 +84,7 @@ def figures(run: Run) -> Iterator[Figure]:
     if run.evaluation is not None and (rows := run.evaluation.statistics):
         caption = (
             "Jensen-Shannon distance to another half of the held-out proteins: 0 is the same. A few proteins are at a"
-            " distance for being few, as the row of real ones shows."
+            " distance for being few, as real ones show."
         )
         yield Figure("kmers", "Distance of k-mers", caption, lambda axes, ink: _kmers(axes, ink, rows))
         caption = "Share of each of the twenty among the samples' residues, and among real held-out ones."
