@@ -24,8 +24,8 @@ V100, TURING, A100, H100 = (7, 0), (7, 5), (8, 0), (9, 0)
         ("cuda", H100, torch.bfloat16, False, "cuda 9.0"),
         ("cuda", (12, 0), torch.bfloat16, False, "cuda 12.0"),
         ("cuda", None, torch.bfloat16, False, "bfloat16"),  # AMD's
-        ("mps", None, torch.float32, False, "float32: .* on mps"),
-        ("cpu", None, torch.float32, False, "float32: .* on cpu"),
+        ("mps", None, torch.float32, False, "float32: on mps nothing narrower"),
+        ("cpu", None, torch.float32, False, "float32: on cpu nothing narrower"),
     ],
 )
 def test_auto_takes_what_the_device_computes_itself_and_says_why(kind, capability, dtype, scaled, why) -> None:

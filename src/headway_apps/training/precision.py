@@ -88,7 +88,7 @@ def choose(kind: str, capability: tuple[int, int] | None, asked: str = "auto") -
 
 def _auto(kind: str, emulated: bool, name: str) -> Precision:
     if kind != "cuda":
-        return Precision(torch.float32, False, f"float32: nothing narrower is surely faster and right on {name}")
+        return Precision(torch.float32, False, f"float32: on {name} nothing narrower is sure to be faster, and right")
     if emulated:
         why = f"float16 with loss scaling: {name} has no bfloat16 but an emulated, slow one (native from cuda 8.0)"
         return Precision(torch.float16, True, why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from proteins.train.runs import weights
 from headway import RequestError
 from headway_apps.proteins.alphabet import STANDARD
 from headway_apps.proteins.config import Config
+from headway_apps.proteins.data.shards import Prepared
+from headway_apps.proteins.model.dit import DiT
 from headway_apps.proteins.train import trainer
 from headway_apps.proteins.train.trainer import Outcome, TrainingError, train
 from headway_apps.training.checkpoints import Checkpoints
@@ -190,6 +193,21 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(config: Con
     train(config("run.steps=4"), run)
     assert weights(run, 4) == kept
     assert [line["step"] for line in read(run / "metrics.jsonl") if "train/loss" in line] == [2, 4]
+
+
+def test_it_says_what_it_trains_on_what(config: Configs, tmp_path: Path) -> None:
+    words: list[str] = []
+    run = config("run.steps=4", "batch.per_step=2")
+    train(run, tmp_path / "run", told=words.append)
+    part = Prepared(Path(run.data.folder))["train"]
+    told = re.fullmatch(
+        r"([\d,]+) weights; (\d+) proteins of ([\d,]+) residues, each met (\S+) times or less .*", words[1]
+    )
+    assert told is not None
+    numbers = [float(each.replace(",", "")) for each in told.groups()]
+    assert numbers[:3] == [sum(each.numel() for each in DiT(run.network).parameters()), len(part), part.residues]
+    met = [line["train/epoch"] for line in read(tmp_path / "run" / "metrics.jsonl") if "train/epoch" in line][-1]
+    assert 0.5 * numbers[3] < met <= numbers[3] * 1.01
 
 
 def test_a_finished_run_can_be_made_longer(config: Configs, tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ class Trainer:
         chosen = precision.chosen(self.device, config.run.precision)
         self.dtype = chosen.dtype
         self.told(f"on {self.device}, {chosen.why}")
+        self.told(self._size())
         self.average = None if config.optim.average is None else Average(self.bare, config.optim.average)
         self.trained = Trained(self.bare, symbols, graph, self.objective.schedule, _histogram(self.part))
         self.step = self.updates = 0
@@ -149,6 +150,15 @@ class Trainer:
         self.window = Window(self.device)
 
     # -- beginning and ending -----------------------------------------------------------------------------------------
+
+    def _size(self) -> str:
+        count, batch, steps = len(self.part), self.config.batch, self.config.run.steps
+        epochs = steps * batch.per_step * batch.tokens / (self.part.residues + BOUNDARIES * count)
+        weights = sum(weight.numel() for weight in self.bare.parameters())
+        return (
+            f"{weights:,} weights; {count:,} proteins of {self.part.residues:,} residues, each met {epochs:.3g} times"
+            f" or less in {steps:,} steps"
+        )
 
     def _stream(self) -> Batches:
         """This process's part of the batches."""
