@@ -41,10 +41,17 @@ def hidden(folder: Path) -> Path:
 
 
 def replace(path: Path, text: str) -> None:
-    """A file all at once: nobody sees half of it, and a process that is killed meanwhile leaves the old one."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden file to write, which takes its name all at once: nobody sees half of it, and a process that fails or is
+    killed meanwhile leaves the old one."""
     partial = hidden(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         sync(partial)
         partial.replace(path)
         sync(path.parent)

@@ -134,6 +134,7 @@ def evaluate(
     if part == "train":
         raise RequestError("got the part train, takes one that was held out: the baselines are counted on train")
     train, held_out = prepared["train"], prepared[part]
+    is_of_training = None if trained_on is None else trained_on == train.fingerprint
     where = trained.model.device if device is None else torch.device(device)
     bound = likelihood(
         trained, held_out, tokens=tokens, draws=draws, sequences=sequences, seed=seed, device=where, progress=progress
@@ -152,7 +153,7 @@ def evaluate(
         parameters=sum(each.numel() for each in trained.model.parameters()),
         data={
             "folder": prepared.folder.name, "fingerprint": prepared.fingerprint, "part": part,
-            "is_of_training": None if trained_on is None else trained_on == train.fingerprint,
+            "is_of_training": is_of_training,
             "provenance": prepared.provenance,
             "parts": {
                 name: {"sequences": len(prepared[name]), "residues": prepared[name].residues} for name in prepared.parts
@@ -174,17 +175,13 @@ def evaluate(
         absent=absent,
         machine=machine(where),
         written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        notes=list(_notes(prepared, trained_on, samples, rows)),
+        notes=list(_notes(prepared.folder.name, is_of_training, samples, rows)),
     )  # fmt: skip
 
 
-def _notes(
-    prepared: Prepared, trained_on: str | None, samples: Samples | None, rows: list[Statistics]
-) -> Iterator[str]:
-    if trained_on not in (None, prepared["train"].fingerprint):
-        yield (
-            f"the model was trained on other data than {prepared.folder.name}, and may have seen what is held out there"
-        )
+def _notes(folder: str, is_of_training: bool | None, samples: Samples | None, rows: list[Statistics]) -> Iterator[str]:
+    if is_of_training is False:
+        yield f"the model was trained on other data than {folder}, and may have seen what is held out there"
     if samples is not None and (many := sum(map(seems_nucleotides, samples.proteins))):
         yield f"{many:,} samples are of A, C, G, T, U and N alone: nucleotides, as it seems, and no proteins"
     if rows and rows[0].valid < 1:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 from headway_apps.proteins.data import fasta
 from headway_apps.proteins.errors import DataError
+from headway_apps.training import folders
 
 
 def check(path: Path, *, force: bool = False) -> None:
@@ -32,15 +31,9 @@ def save(
     '>seed7-1 length=3 sampler=first-hitting\\nMKT\\n'
     """
     check(path, force=force)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
-        try:
+        with folders.replacing(path) as partial:
             fasta.write(partial, _records(proteins, seed, sampler, templates))
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}; nothing was kept") from error
 

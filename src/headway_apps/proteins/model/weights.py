@@ -86,13 +86,8 @@ def save(model: DiT, path: str | os.PathLike[str]) -> None:
     """Write weights and config as safetensors: whole, or not at all."""
     path = Path(path)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    partial = folders.hidden(path)
-    try:
+    with folders.replacing(path) as partial:
         tensors.write(partial, weights, {CONFIG: json.dumps(dataclasses.asdict(model.config))})
-        folders.sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], *, ema: bool = False, **unseen: Any) -> DiT:
